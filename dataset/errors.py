@@ -1,0 +1,5 @@
+"""Errors that a user can cause with data; kept apart so that every layer can raise them."""
+
+
+class DataError(ValueError):
+    """A row, file or image is not usable. The message names the file and row, the value and what was expected."""
