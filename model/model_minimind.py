@@ -1,0 +1,411 @@
+"""The MiniMind language model: attention with grouped keys, RoPE, SwiGLU, RMSNorm, optionally a mixture of experts.
+
+Usable by itself with `transformers` (generate, save_pretrained); nothing here knows of images or of training loops.
+Shapes: B batch, T tokens of this call, S tokens the keys cover, N = B * T, V vocabulary, C hidden size, H heads,
+K key/value heads, D head size, E routed experts, k experts per token.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask
+from transformers.utils import ModelOutput
+
+LOSS_CHUNK = 4096  # supervised positions whose logits are held at once
+
+
+class MiniMindConfig(PreTrainedConfig):
+    """Everything that decides the language model's shape; all of it is written to `config.json`."""
+
+    model_type = "minimind"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (the library's class attribute)
+
+    hidden_size: int = 512
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 2
+    vocab_size: int = 6400
+    intermediate_size: int | None = None
+    max_position_embeddings: int = 32768
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 1e6
+    dropout: float = 0.0
+    hidden_act: str = "silu"
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    pad_token_id: int | None = 0
+    tie_word_embeddings: bool = True
+    use_moe: bool = False
+    num_experts_per_tok: int = 2
+    n_routed_experts: int = 4
+    n_shared_experts: int = 1
+    scoring_func: str = "softmax"
+    aux_loss_alpha: float = 0.1
+    seq_aux: bool = True
+    norm_topk_prob: bool = True
+
+    def __post_init__(self, **kwargs):
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.intermediate_size is None:
+            self.intermediate_size = 64 * math.ceil(int(self.hidden_size * 8 / 3) / 64)
+        super().__post_init__(**kwargs)
+        if self.hidden_size % (2 * self.num_attention_heads):
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be a multiple of twice num_attention_heads "
+                f"{self.num_attention_heads}: heads are equal and RoPE rotates halves"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} must be a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.scoring_func != "softmax":
+            raise ValueError(f"scoring_func is {self.scoring_func!r}, but only 'softmax' exists")
+        if self.use_moe and not 1 <= self.num_experts_per_tok <= self.n_routed_experts:
+            raise ValueError(
+                f"num_experts_per_tok {self.num_experts_per_tok} must lie between 1 and "
+                f"n_routed_experts {self.n_routed_experts}"
+            )
+
+
+@dataclass
+class MiniMindOutput(ModelOutput):
+    """`aux_loss` is a scalar, 0 for a dense model and outside training; `loss` is cross-entropy alone."""
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    aux_loss: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    last_hidden_state: torch.Tensor | None = None
+
+
+class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
+    config_class = MiniMindConfig
+    base_model_prefix = "model"
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _no_split_modules = ["MiniMindBlock"]  # noqa: RUF012
+    _supports_sdpa = True
+
+    def __init__(self, config: MiniMindConfig | None = None):
+        super().__init__(config if config is not None else self.config_class())
+        self.model = MiniMindModel(self.config)
+        self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)  # normal with 0.02, biases zero, norms one
+        if isinstance(module, MiniMindModel):
+            # Not in any file, and without content after a construction on the meta device.
+            cos, sin = rope_tables(self.config)
+            init.copy_(module.freqs_cos, cos)
+            init.copy_(module.freqs_sin, sin)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool = False,
+        logits_to_keep: int | torch.Tensor = 0,
+        labels: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **args,
+    ) -> MiniMindOutput:
+        """Logits `(B, T, V)` of all positions, or of the last `logits_to_keep`, or of those an index tensor names.
+
+        `attention_mask` is `(B, S)` with 1 for real tokens (cached ones included), or a ready 4-D mask. `labels` are
+        `(B, T)`, unshifted, -100 where nothing is learnt; `loss` is then the mean over supervised tokens.
+        Among `args` two matter, both with `labels`: `num_items_in_batch` divides the summed loss instead of this
+        call's own count of supervised tokens (for gradient accumulation and several ranks), and
+        `skip_logits=True` leaves `logits` out, which saves the memory of all positions that teach nothing.
+        """
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        hidden, aux_loss = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
+        loss, logits = None, None
+        if labels is not None:
+            loss, supervised = self.supervised_loss(hidden, labels)
+            items = args.get("num_items_in_batch")
+            loss = loss / (max(supervised, 1) if items is None else items)
+        if labels is None or not args.get("skip_logits", False):
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, keep])  # (B, kept, V)
+        return MiniMindOutput(
+            loss=loss,
+            logits=logits,
+            aux_loss=aux_loss,
+            past_key_values=past_key_values,
+            last_hidden_state=hidden,
+        )
+
+    def supervised_loss(
+        self, hidden: torch.Tensor, labels: torch.LongTensor, reduction: str = "sum"
+    ) -> tuple[torch.Tensor, int]:
+        """Cross-entropy in fp32 over the positions of `hidden` (B, T, C) whose next label is not -100, and their number.
+
+        `reduction` is "sum" or "mean". Logits exist only for those positions, at most `LOSS_CHUNK` at a time. Without
+        any supervised token the loss is a zero that still has (zero) gradients, as DDP needs.
+        """
+        targets = labels[:, 1:].flatten()  # (B * (T - 1),)
+        positions = (targets != -100).nonzero().squeeze(1)  # (supervised,)
+        targets = targets[positions]
+        # Position p of the shortened rows is position p + row of the full ones.
+        positions = positions + positions.div(max(labels.shape[1] - 1, 1), rounding_mode="floor")
+        hidden = hidden.flatten(0, 1).index_select(0, positions)  # (supervised, C)
+        if len(positions) <= LOSS_CHUNK:
+            loss = self._cross_entropy_sum(hidden, targets)
+        else:  # recompute each chunk's logits in the backward pass rather than keep them all
+            chunks = zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True)
+            loss = sum(checkpoint(self._cross_entropy_sum, *chunk, use_reentrant=False) for chunk in chunks)
+        if reduction == "mean":
+            loss = loss / max(len(positions), 1)
+        return loss, len(positions)
+
+    def _cross_entropy_sum(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(self.lm_head(hidden).float(), targets, reduction="sum")
+
+
+class MiniMindModel(nn.Module):
+    """Embedding, blocks and final norm: ids or embeddings in, hidden states and the auxiliary loss out."""
+
+    def __init__(self, config: MiniMindConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(MiniMindBlock(config, index) for index in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        cos, sin = rope_tables(config)
+        self.register_buffer("freqs_cos", cos, persistent=False)
+        self.register_buffer("freqs_sin", sin, persistent=False)
+
+    def embed(self, input_ids: torch.LongTensor) -> torch.Tensor:
+        return self.dropout(self.embed_tokens(input_ids))  # (B, T, C)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = self.embed(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
+        length = hidden.shape[1]
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if isinstance(past, int) and past + length > self.config.max_position_embeddings:
+            raise ValueError(
+                f"{past + length} tokens, but max_position_embeddings is {self.config.max_position_embeddings}"
+            )
+        mask = self._attention_mask(hidden, attention_mask, position_ids, past_key_values)
+        padding_mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
+        if position_ids is None:
+            if padding_mask is not None:
+                position_ids = (padding_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]  # (B, T)
+            else:
+                position_ids = torch.arange(length, device=hidden.device)[None] + past  # (1, T)
+        rope = (
+            self.freqs_cos[position_ids].unsqueeze(1),
+            self.freqs_sin[position_ids].unsqueeze(1),
+        )  # (B, 1, T, D)
+        token_mask = padding_mask[:, -length:].bool() if padding_mask is not None else None  # (B, T)
+        aux_loss = torch.zeros((), device=hidden.device)
+        for layer in self.layers:
+            hidden, layer_aux_loss = layer(hidden, rope, mask, past_key_values, token_mask)
+            if layer_aux_loss is not None:
+                aux_loss = aux_loss + layer_aux_loss
+        return self.norm(hidden), aux_loss
+
+    def _attention_mask(
+        self,
+        hidden: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.LongTensor | None,
+        past_key_values: Cache | None,
+    ) -> torch.Tensor | None:
+        """`(B, 1, T, S)`, or None where the plain causal mask gives the same answer for every real token."""
+        if attention_mask is not None and attention_mask.dim() == 2 and past_key_values is None:
+            # With all padding on the right, a causal mask already hides it from every real token.
+            keep = attention_mask.bool()
+            if bool((keep[:, 1:] <= keep[:, :-1]).all()):
+                return None
+        return create_causal_mask(self.config, hidden, attention_mask, past_key_values, position_ids)
+
+
+class MiniMindBlock(nn.Module):
+    def __init__(self, config: MiniMindConfig, layer_index: int):
+        super().__init__()
+        self.self_attn = Attention(config, layer_index)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MoE(config) if config.use_moe else FeedForward(config)
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        token_mask: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rope, mask, past_key_values)
+        normed = self.post_attention_layernorm(hidden)
+        if isinstance(self.mlp, MoE):
+            update, aux_loss = self.mlp(normed, token_mask)
+        else:
+            update, aux_loss = self.mlp(normed), None
+        return hidden + update, aux_loss
+
+
+class Attention(nn.Module):
+    def __init__(self, config: MiniMindConfig, layer_index: int):
+        super().__init__()
+        self.layer_index = layer_index
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.groups = config.num_attention_heads // config.num_key_value_heads
+        kv_size = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.dropout = config.dropout
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+    ) -> torch.Tensor:
+        B, T, C = hidden.shape
+        query = self.q_proj(hidden).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
+        key = self.k_proj(hidden).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
+        value = self.v_proj(hidden).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
+        query, key = rotate(query, *rope), rotate(key, *rope)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_index)  # (B, K, S, D)
+        is_causal = mask is None and T > 1
+        if is_causal and key.shape[2] > T:  # a static cache's free slots
+            key, value = key[:, :, :T], value[:, :, :T]
+        # GPU kernels that take a mask do not group heads; the fallback would hold all scores at once.
+        grouped = mask is None or not hidden.is_cuda
+        if not grouped:
+            key, value = key.repeat_interleave(self.groups, 1), value.repeat_interleave(self.groups, 1)
+        output = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=is_causal,
+            enable_gqa=grouped,
+        )  # (B, H, T, D)
+        return self.resid_dropout(self.o_proj(output.transpose(1, 2).reshape(B, T, C)))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: MiniMindConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.activation = ACT2FN[config.hidden_act]
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.down_proj(self.activation(self.gate_proj(hidden)) * self.up_proj(hidden)))
+
+
+class MoE(nn.Module):
+    """Each token goes to its k best routed experts, weighted by their scores, and to every shared expert."""
+
+    def __init__(self, config: MiniMindConfig):
+        super().__init__()
+        self.config = config
+        self.gate = nn.Linear(config.hidden_size, config.n_routed_experts, bias=False)
+        self.experts = nn.ModuleList(FeedForward(config) for _ in range(config.n_routed_experts))
+        self.shared_experts = nn.ModuleList(FeedForward(config) for _ in range(config.n_shared_experts))
+
+    def forward(
+        self, hidden: torch.Tensor, token_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`token_mask` (B, T) is False at padding. The second result is None outside training."""
+        scores = self.gate(hidden).softmax(-1, dtype=torch.float32)  # (B, T, E)
+        weights, choices = scores.topk(self.config.num_experts_per_tok, dim=-1, sorted=False)  # (B, T, k)
+        if self.config.num_experts_per_tok > 1 and self.config.norm_topk_prob:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        output = self._routed(hidden.flatten(0, 1), choices.flatten(0, 1), weights.flatten(0, 1)).view_as(
+            hidden
+        )
+        for expert in self.shared_experts:
+            output = output + expert(hidden)
+        return output, self._balance_loss(scores, choices, token_mask) if self.training else None
+
+    def _routed(self, tokens: torch.Tensor, choices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Tokens (N, C), choices and weights (N, k) -> (N, C): one gather, one slice per expert, one way back."""
+        k = choices.shape[1]
+        order = choices.flatten().argsort(stable=True)  # (N * k,), choices sorted by expert
+        counts = choices.flatten().bincount(minlength=len(self.experts)).tolist()
+        slices = tokens.index_select(0, order // k).split(counts)  # each (tokens of the expert, C)
+        # In training an expert without tokens runs on none: its gradient is then zero, not missing (DDP).
+        outputs = [
+            expert(part) if len(part) or self.training else part
+            for expert, part in zip(self.experts, slices, strict=True)
+        ]
+        outputs = torch.cat(outputs).index_select(0, order.argsort())  # (N * k, C), back in the tokens' order
+        return (outputs.view(-1, k, tokens.shape[1]) * weights.unsqueeze(-1).type_as(outputs)).sum(1)
+
+    def _balance_loss(
+        self, scores: torch.Tensor, choices: torch.Tensor, token_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """alpha * mean over sequences of the sum over experts of (share of choices * E) * (mean score)."""
+        chosen = F.one_hot(choices, scores.shape[-1]).sum(2).float()  # (B, T, E)
+        real = torch.ones_like(scores[..., :1]) if token_mask is None else token_mask.unsqueeze(-1).float()
+        if not self.config.seq_aux:  # all tokens of the batch as one sequence
+            chosen, scores, real = (
+                chosen.flatten(0, 1)[None],
+                scores.flatten(0, 1)[None],
+                real.flatten(0, 1)[None],
+            )
+        tokens = real.sum(1).clamp(min=1)  # (B, 1)
+        share = (chosen * real).sum(1) / (tokens * self.config.num_experts_per_tok)  # (B, E)
+        mean_score = (scores * real).sum(1) / tokens  # (B, E)
+        return self.config.aux_loss_alpha * (share * scores.shape[-1] * mean_score).sum(-1).mean()
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        normed = F.rms_norm(hidden.float(), self.weight.shape, eps=self.eps)
+        return self.weight * normed.type_as(hidden)
+
+
+def rope_tables(config: MiniMindConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines `(max_position_embeddings, D)` of Su et al. 2021, both halves alike."""
+    head_dim = config.hidden_size // config.num_attention_heads
+    inverse = 1.0 / config.rope_theta ** (torch.arange(0, head_dim, 2).float() / head_dim)  # (D / 2,)
+    angles = torch.outer(torch.arange(config.max_position_embeddings).float(), inverse)  # (positions, D / 2)
+    angles = torch.cat((angles, angles), dim=-1)  # (positions, D)
+    return angles.cos(), angles.sin()
+
+
+def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """RoPE on (B, heads, T, D), rotating halves; the tables' precision, the states' dtype."""
+    first, second = states.chunk(2, dim=-1)  # (B, heads, T, D / 2) each
+    return (states * cos + torch.cat((-second, first), dim=-1) * sin).type_as(states)

@@ -1,0 +1,349 @@
+"""MiniMindVLM: the language model, a frozen vision encoder, and one linear layer between them.
+
+A text holds a run of placeholder ids for every image; `forward` puts the projected patch features in their place.
+Turning pictures and messages into tensors is `processing_vlm.py`'s work. Needs only torch and transformers.
+Shapes: B batch, T tokens, I image slots per row, P tokens per image, W the encoder's width, C hidden size.
+"""
+
+from dataclasses import field
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.configuration_utils import SubConfigSpec
+
+from .model_minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindOutput
+
+# Compared by identity: an equal path that the caller wrote counts as given explicitly.
+_DEFAULT_PATH = "./model/vision_model/clip-vit-base-patch16"
+_IMAGE_INPUTS = ("pixel_values", "image_features", "image_counts")
+
+
+class VLMConfig(MiniMindConfig):
+    """The language model's config, the placeholder, and the encoder's own config: a config says everything."""
+
+    model_type = "minimind-v"
+    sub_configs_defaults = {  # noqa: RUF012 (the library's class attribute)
+        "vision_config": SubConfigSpec(AutoConfig, model_type="clip_vision_model", optional=True)
+    }
+
+    image_special_token: str = "@" * 196
+    image_ids: list[int] = field(default_factory=lambda: [34] * 196)
+    vision_config: dict | PreTrainedConfig | None = None
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if not self.image_ids or len(set(self.image_ids)) != 1:
+            raise ValueError("image_ids must be one id, repeated for every token of an image")
+
+
+class VisionProj(nn.Module):
+    """One linear layer from the encoder's width to the language model's."""
+
+    def __init__(self, vision_size: int = 768, hidden_size: int = 512):
+        super().__init__()
+        self.vision_proj = nn.Sequential(nn.Linear(vision_size, hidden_size))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.vision_proj(features)  # (..., W) -> (..., C)
+
+
+class MiniMindVLM(MiniMindForCausalLM):
+    config_class = VLMConfig
+
+    def __init__(self, params: VLMConfig | None = None, vision_model_path: str | Path | None = _DEFAULT_PATH):
+        """The encoder comes from an explicit `vision_model_path`, else from `params.vision_config` (its weights
+        then from a state dict), else from the default path. `None` and no `vision_config`: no encoder."""
+        super().__init__(params)
+        self.params = self.config
+        self.vision_encoder, self.processor = self._resolve_encoder(vision_model_path)
+        vision_size = 768
+        if self.vision_encoder is not None:
+            self.vision_encoder.requires_grad_(False).eval()
+            vision_config = self.vision_encoder.config
+            vision_size, tokens = vision_config.hidden_size, patch_count(vision_config)
+            self.config.vision_config = vision_config
+            self.config.image_ids = self.config.image_ids[:1] * tokens
+            self.config.image_special_token = self.config.image_special_token[:1] * tokens
+        self.vision_proj = VisionProj(vision_size, self.config.hidden_size)
+        self.post_init()
+
+    def _resolve_encoder(self, path: str | Path | None) -> tuple[PreTrainedModel | None, object | None]:
+        if path is not None and path is not _DEFAULT_PATH:
+            return self.get_vision_model(path)
+        if self.config.vision_config is not None:
+            return AutoModel.from_config(self.config.vision_config), None
+        # from_pretrained builds on the meta device, where no file may be read.
+        if path is None or torch.get_default_device().type == "meta":
+            return None, None
+        return self.get_vision_model(path)
+
+    @staticmethod
+    def get_vision_model(model_path: str | Path) -> tuple[PreTrainedModel, object]:
+        """The vision tower (fp32, frozen, eval mode) and the image processor of a transformers folder.
+
+        A folder with a text tower beside it (CLIP, SigLIP) gives its vision tower. Raises FileNotFoundError for a
+        missing folder, ValueError for one that holds something else.
+        """
+        folder = Path(model_path)
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"no vision encoder at {folder}: get CLIP-ViT-B/16 with `python scripts/download.py clip`"
+            )
+        try:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"{folder} is not a vision encoder: it has no config.json that transformers knows"
+            ) from error
+        config = getattr(config, "vision_config", None) or config
+        found = (
+            f"{folder} is not a vision encoder with patch tokens: its config is of type {config.model_type!r}"
+        )
+        patch_count(config, found)
+        try:
+            encoder, report = AutoModel.from_pretrained(
+                folder, config=config, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            )
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{folder} is not a vision encoder: {str(error).splitlines()[0]}") from error
+        if report["missing_keys"]:
+            raise ValueError(f"{found} and its weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
+        try:
+            # Without a named backend the result depends on whether torchvision is installed.
+            processor = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{folder} has no usable preprocessor_config.json, which a vision encoder needs"
+            ) from error
+        return encoder.requires_grad_(False).eval(), processor
+
+    @staticmethod
+    def image2tensor(image, processor) -> torch.Tensor:
+        """A PIL image of any mode -> (1, 3, H, W), as the encoder wants it."""
+        return processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"]
+
+    @staticmethod
+    def get_image_embeddings(pixel_values: torch.Tensor, vision_model: PreTrainedModel) -> torch.Tensor:
+        """Images (B, 3, H, W) -> the patches' last hidden states (B, P, W), without gradient.
+
+        Always in the encoder's own dtype, whatever autocast surrounds the call: features that are computed here and
+        features that were stored are then the same. To encode in bf16, convert the encoder itself.
+        """
+        with torch.no_grad(), torch.autocast(pixel_values.device.type, enabled=False):
+            states = vision_model(pixel_values=pixel_values.to(vision_model.dtype)).last_hidden_state
+        patches = patch_count(vision_model.config)
+        if states.shape[1] == patches + 1:
+            states = states[:, 1:]  # the class token
+        if states.shape[1] != patches:
+            raise ValueError(
+                f"the encoder gave {states.shape[1]} tokens for an image of {patches} patches; "
+                "only one class token can be dropped"
+            )
+        return states  # (B, P, W)
+
+    def train(self, mode: bool = True) -> "MiniMindVLM":
+        super().train(mode)
+        if self.vision_encoder is not None:
+            self.vision_encoder.eval()
+        return self
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool = False,
+        logits_to_keep: int | torch.Tensor = 0,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        image_features: torch.Tensor | None = None,
+        image_counts: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        **args,
+    ) -> MiniMindOutput:
+        """As the language model's forward, with images.
+
+        `pixel_values` is (B, I, 3, H, W), one image a row as (B, 3, H, W), or (B, I, 1, 3, H, W); `image_counts` (B,)
+        says how many of a row's slots are real (absent: all); `image_features` (B, I, P, W) stands for encoded
+        `pixel_values`. Images are used where the cache is empty. Without images placeholders are text.
+        """
+        images = image_features if image_features is not None else pixel_values
+        if images is not None and (past_key_values is None or past_key_values.get_seq_length() == 0):
+            features, image_counts = self._real_features(pixel_values, image_features, image_counts)
+            embedded = self.model.embed(input_ids)
+            args["inputs_embeds"] = self._insert_features(input_ids, embedded, features, image_counts)
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            labels=labels,
+            position_ids=position_ids,
+            **args,
+        )
+
+    def count_vision_proj(
+        self,
+        tokens: torch.LongTensor,
+        h: torch.Tensor,
+        vision_tensors: torch.Tensor | None = None,
+        seqlen: int = 512,
+        image_counts: torch.LongTensor | None = None,
+    ) -> torch.Tensor:
+        """`h` (B, T, C) with the placeholder runs of `tokens` (B, T) replaced by the projected `vision_tensors`
+        (B, I, P, W). `seqlen` is part of the published signature; the length never changes here."""
+        if vision_tensors is None:
+            return h
+        features, image_counts = self._real_features(None, vision_tensors, image_counts)
+        return self._insert_features(tokens, h, features, image_counts)
+
+    def _real_features(
+        self,
+        pixel_values: torch.Tensor | None,
+        image_features: torch.Tensor | None,
+        image_counts: torch.LongTensor | None,
+    ) -> tuple[torch.Tensor, torch.LongTensor]:
+        """Encoder outputs of the real slots, row after row: (images, P, W); and the number of them per row: (B,)."""
+        images = image_features if image_features is not None else pixel_values
+        if image_features is None:
+            if images.dim() == 6:
+                images = images.squeeze(2)
+            if images.dim() == 4:
+                images = images.unsqueeze(1)
+        expected = 4 if image_features is not None else 5
+        if images.dim() != expected:
+            raise ValueError(
+                f"images have {images.dim()} dimensions, expected {expected}: {tuple(images.shape)}"
+            )
+        rows, slots = images.shape[:2]
+        if image_counts is None:
+            image_counts = torch.full((rows,), slots, device=images.device)
+        if image_counts.shape != (rows,):
+            raise ValueError(f"image_counts has shape {tuple(image_counts.shape)}, expected ({rows},)")
+        image_counts = image_counts.to(images.device)
+        real = torch.arange(slots, device=images.device) < image_counts[:, None]  # (B, I)
+        images = images[real]  # (images, ...)
+        if image_features is None:
+            images = self._encode(images)
+        return images, image_counts
+
+    def _encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        if self.vision_encoder is None:
+            raise ValueError("pixel_values were given, but this model was built without a vision encoder")
+        if len(pixel_values) == 0:
+            width = self.vision_encoder.config.hidden_size
+            return pixel_values.new_zeros(0, len(self.config.image_ids), width)
+        return self.get_image_embeddings(pixel_values, self.vision_encoder)
+
+    def _insert_features(
+        self,
+        input_ids: torch.LongTensor,
+        embedded: torch.Tensor,
+        features: torch.Tensor,
+        image_counts: torch.LongTensor,
+    ) -> torch.Tensor:
+        """Features (images, P, W), projected, in the place of the placeholder runs of `embedded` (B, T, C)."""
+        slots = self._image_positions(input_ids, image_counts)  # (B, T), bool
+        weight = self.vision_proj.vision_proj[0].weight
+        if features.shape[1:] != (len(self.config.image_ids), weight.shape[1]):
+            raise ValueError(
+                f"image features have shape {tuple(features.shape[1:])}, "
+                f"expected ({len(self.config.image_ids)}, {weight.shape[1]})"
+            )
+        projected = self.vision_proj(features.to(weight.dtype)).to(embedded.dtype)  # (images, P, C)
+        # Not in place: dropout and embedding need their outputs in the backward pass.
+        return embedded.masked_scatter(slots.unsqueeze(-1), projected)
+
+    def _image_positions(self, input_ids: torch.LongTensor, image_counts: torch.LongTensor) -> torch.Tensor:
+        """Mask (B, T) of the ids that images replace. A maximal run of n * P placeholder ids takes n images."""
+        tokens = len(self.config.image_ids)
+        placeholder = input_ids == self.config.image_ids[0]  # (B, T)
+        before = nn.functional.pad(placeholder, (1, 0))[:, :-1]
+        after = nn.functional.pad(placeholder, (0, 1))[:, 1:]
+        starts = placeholder & ~before
+        rows, first = starts.nonzero(as_tuple=True)  # (runs,) each, row after row
+        last = (placeholder & ~after).nonzero(as_tuple=True)[1]
+        lengths = last - first + 1  # (runs,)
+        images = lengths // tokens  # 0 for a shorter run: that is text
+        broken = (lengths > tokens) & (lengths % tokens != 0)
+        found = torch.zeros_like(image_counts).index_add_(0, rows, images)  # (B,)
+        if bool(broken.any() | (found != image_counts).any()):
+            raise ValueError(_describe_mismatch(tokens, rows, lengths, broken, found, image_counts))
+        run_of_token = (starts.flatten().cumsum(0) - 1).view_as(starts)  # meaningful inside runs
+        is_image = nn.functional.pad(images > 0, (0, 1))  # one more, for tokens before the first run
+        return placeholder & is_image[run_of_token]
+
+    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            for name in _IMAGE_INPUTS:  # they are in the cache
+                inputs.pop(name, None)
+        return inputs
+
+
+def patch_count(vision_config: PreTrainedConfig, otherwise: str | None = None) -> int:
+    """Patch tokens of one image: image size over patch size, in both directions. ValueError if it has no patches."""
+    sizes = [getattr(vision_config, name, None) for name in ("image_size", "patch_size")]
+    if None in sizes or not hasattr(vision_config, "hidden_size"):
+        raise ValueError(
+            otherwise or f"a {vision_config.model_type!r} config has no image_size and patch_size"
+        )
+    (height, width), (patch_height, patch_width) = (
+        size if isinstance(size, (list, tuple)) else (size, size) for size in sizes
+    )
+    return (height // patch_height) * (width // patch_width)
+
+
+def load_weights(
+    model: MiniMindForCausalLM, state_dict: dict[str, torch.Tensor], allow_missing: tuple[str, ...] = ()
+) -> None:
+    """Copies a state dict into the model, in the model's dtype; what does not fit is a ValueError that names it.
+
+    Left alone: the encoder where `state_dict` holds none of it, masks and `pos_cis` tables of old files, one of the two
+    tied weights, and keys that start with one of `allow_missing` (`("vision_proj.",)` to start a VLM from an LM).
+    """
+    found = {key: value for key, value in state_dict.items() if "mask" not in key and "pos_cis" not in key}
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if model.config.tie_word_embeddings and (head in found) != (embedding in found):
+        found[head] = found[embedding] = found.get(head, found.get(embedding))
+    expected = model.state_dict()
+    if not any(key.startswith("vision_encoder.") for key in found):
+        expected = {key: value for key, value in expected.items() if not key.startswith("vision_encoder.")}
+    problems = [
+        f"{key} is missing" for key in expected.keys() - found.keys() if not key.startswith(allow_missing)
+    ]
+    problems += [f"{key} is unexpected" for key in found.keys() - expected.keys()]
+    problems += [
+        f"{key} has shape {tuple(found[key].shape)}, expected {tuple(expected[key].shape)}"
+        for key in expected.keys() & found.keys()
+        if found[key].shape != expected[key].shape
+    ]
+    if problems:
+        problems.sort()
+        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ValueError(f"the weights do not fit the model: {'; '.join(problems[:8])}{more}")
+    model.load_state_dict(found, strict=False)
+
+
+def _describe_mismatch(
+    tokens: int,
+    rows: torch.Tensor,
+    lengths: torch.Tensor,
+    broken: torch.Tensor,
+    found: torch.Tensor,
+    image_counts: torch.Tensor,
+) -> str:
+    if broken.any():
+        row, length = rows[broken][0].item(), lengths[broken][0].item()
+        return f"row {row}: a run of {length} image placeholders is not a multiple of {tokens}"
+    row = (found != image_counts).nonzero()[0].item()
+    return (
+        f"row {row}: {found[row].item()} runs of {tokens} image placeholders, "
+        f"but {image_counts[row].item()} images"
+    )

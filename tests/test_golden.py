@@ -1,0 +1,60 @@
+"""Parity with the published release, in numbers recorded from it (tests/golden/README.md)."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.model_vlm import MiniMindVLM, VLMConfig, load_weights
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="module", params=["dense", "moe"])
+def golden(request):
+    expected = torch.load(GOLDEN / f"{request.param}_golden.pt", weights_only=True)
+    model = MiniMindVLM(VLMConfig(**expected["config"]), vision_model_path=GOLDEN / "clip").eval()
+    load_weights(model, torch.load(GOLDEN / f"{request.param}.pth", weights_only=True))
+    expected["pixel_values"] = expected["pixel_values"].float()
+    return model, expected
+
+
+def test_logits_with_images(golden):
+    model, expected = golden
+    with torch.no_grad():
+        logits = model(expected["input_ids"], pixel_values=expected["pixel_values"]).logits
+    torch.testing.assert_close(logits[:, -20:], expected["logits_last"], atol=1e-4, rtol=0)
+
+
+def test_text_logits(golden):
+    model, expected = golden
+    with torch.no_grad():
+        logits = model(expected["input_ids"][:, -20:]).logits
+    torch.testing.assert_close(logits, expected["text_logits"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
+def test_greedy_continuation(golden, use_cache):
+    model, expected = golden
+    prompt = expected["input_ids"]
+    output = model.generate(
+        prompt,
+        pixel_values=expected["pixel_values"],
+        attention_mask=torch.ones_like(prompt),
+        do_sample=False,
+        max_new_tokens=12,
+        min_new_tokens=12,
+        eos_token_id=None,
+        use_cache=use_cache,
+    )
+    assert output[:, prompt.shape[1] :].tolist() == expected["greedy"].tolist()
+
+
+def test_auxiliary_loss_in_training(golden):
+    model, expected = golden
+    if "aux_loss_train" not in expected:
+        pytest.skip("dense")
+    model.train()
+    aux_loss = model(expected["input_ids"], pixel_values=expected["pixel_values"]).aux_loss
+    model.eval()
+    torch.testing.assert_close(aux_loss, expected["aux_loss_train"], atol=1e-5, rtol=0)
