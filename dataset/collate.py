@@ -1,0 +1,121 @@
+"""Samples -> the batches of one optimizer step, and the sampler that decides which rows go together.
+
+A *step* is what one optimizer step consumes: `accumulation_steps` micro-batches on each of `world_size`
+ranks. Shapes: B rows, T tokens, N most images of a row.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from dataset.errors import DataError
+from dataset.vlm_dataset import Sample, VLMDataset
+from model.processing_vlm import IGNORE_INDEX
+
+WINDOW_STEPS = 50  # rows are sorted by length within shuffled windows of this many steps
+
+
+class StepSampler(Sampler):
+    """Yields, for each optimizer step, this rank's row numbers: a list of micro-batches.
+
+    Every row comes once an epoch, shuffled by (seed, epoch). Rows of a step are of similar length. The rows
+    of a step depend on batch_size * accumulation_steps * world_size only, not on how they are split, and
+    ranks get rows of nearly equal lengths. All ranks have the same number of micro-batches; one without a row
+    of its own (end of the epoch) gets `-1 - row`: that row is only there to keep the ranks in step and has no
+    weight.
+    """
+
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        batch_size: int,
+        accumulation_steps: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        shuffle: bool = True,
+    ):
+        self.lengths, self.seed, self.shuffle = lengths, seed, shuffle
+        self.rank, self.world_size = rank, world_size
+        self.micro_rows = batch_size * world_size
+        self.step_rows = self.micro_rows * accumulation_steps
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-len(self.lengths) // self.step_rows)
+
+    def __iter__(self) -> Iterator[list[list[int]]]:
+        for step in self._steps():
+            micros = [step[i : i + self.micro_rows] for i in range(0, len(step), self.micro_rows)]
+            yield [micro[self.rank :: self.world_size].tolist() or [-1 - int(micro[0])] for micro in micros]
+
+    def _steps(self) -> list[np.ndarray]:
+        """Row numbers of each step, all ranks together."""
+        generator = np.random.default_rng((self.seed, self.epoch))
+        order = generator.permutation(len(self.lengths)) if self.shuffle else np.arange(len(self.lengths))
+        window = self.step_rows * WINDOW_STEPS
+        for start in range(0, len(order), window):
+            part = order[start : start + window]
+            order[start : start + window] = part[np.argsort(self.lengths[part], kind="stable")]
+        steps = [order[i : i + self.step_rows] for i in range(0, len(order), self.step_rows)]
+        return [steps[i] for i in generator.permutation(len(steps))] if self.shuffle else steps
+
+
+class StepDataset(Dataset):
+    """Lets a DataLoader fetch whole steps: an index is a step's list of micro-batches."""
+
+    def __init__(self, samples: VLMDataset, pad_token_id: int):
+        self.samples, self.pad_token_id = samples, pad_token_id
+
+    def __getitem__(self, step: list[list[int]]) -> list[dict] | DataError:
+        """The step's micro-batches. A DataError is returned, not raised: a worker process would bury it."""
+        try:
+            return [self._micro_batch(rows) for rows in step]
+        except DataError as error:
+            return error
+
+    def _micro_batch(self, rows: list[int]) -> dict:
+        samples = [self.samples[row if row >= 0 else -1 - row] for row in rows]
+        skipped = sum(not sample.supervised for sample in samples)
+        useful = [sample for sample in samples if sample.supervised]
+        if rows[0] < 0 or not useful:  # keep the ranks in step with a row that counts for nothing
+            first = samples[0]
+            batch = collate(
+                [Sample(first.input_ids, [IGNORE_INDEX] * len(first.labels), first.pixel_values)], 0
+            )
+            return batch | {"rows": 0, "skipped_rows": skipped if rows[0] >= 0 else 0}
+        return collate(useful, self.pad_token_id) | {"rows": len(useful), "skipped_rows": skipped}
+
+
+def collate(samples: list[Sample], pad_token_id: int) -> dict:
+    """Right-padded tensors: input_ids, labels, attention_mask (B, T) int64; where a row has images also
+    pixel_values (B, N, 3, H, W) and image_counts (B,) int64; and the counts `supervised_tokens` (labels that
+    count) and `tokens` (without padding)."""
+    shape = len(samples), max(len(sample.input_ids) for sample in samples)
+    input_ids = torch.full(shape, pad_token_id)  # (B, T)
+    labels = torch.full(shape, IGNORE_INDEX)  # (B, T)
+    attention_mask = torch.zeros(shape, dtype=torch.long)  # (B, T)
+    for i, sample in enumerate(samples):
+        length = len(sample.input_ids)
+        input_ids[i, :length] = torch.tensor(sample.input_ids)
+        labels[i, :length] = torch.tensor(sample.labels)
+        attention_mask[i, :length] = 1
+    batch = {
+        "input_ids": input_ids,
+        "labels": labels,
+        "attention_mask": attention_mask,
+        "supervised_tokens": int((labels[:, 1:] != IGNORE_INDEX).sum()),
+        "tokens": int(attention_mask.sum()),
+    }
+    pictures = [sample.pixel_values for sample in samples if sample.pixel_values is not None]
+    if pictures:
+        counts = torch.tensor([0 if s.pixel_values is None else len(s.pixel_values) for s in samples])  # (B,)
+        slots = torch.zeros(len(samples), int(counts.max()), *pictures[0].shape[1:])  # (B, N, 3, H, W)
+        slots[torch.arange(slots.shape[1]) < counts[:, None]] = torch.cat(pictures)
+        batch |= {"pixel_values": slots, "image_counts": counts}
+    return batch

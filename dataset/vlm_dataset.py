@@ -1,0 +1,123 @@
+"""Rows -> samples: token ids, labels and preprocessed pictures of one row. Batches are collate.py's.
+
+P placeholder tokens per image, T tokens, N images of the row.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch.utils.data import Dataset
+
+from dataset.errors import DataError
+from dataset.rows import load_rows, resolve_image
+from model.processing_vlm import IGNORE_INDEX, MiniMindVLMProcessor
+
+
+@dataclass
+class Sample:
+    """One row, ready for a batch. `pixel_values` is (N, 3, H, W), or None for a row without images."""
+
+    input_ids: list[int]
+    labels: list[int]
+    pixel_values: torch.Tensor | None
+
+    @property
+    def supervised(self) -> bool:
+        # A model predicts from the second token on, so the first label never counts.
+        return any(label != IGNORE_INDEX for label in self.labels[1:])
+
+
+class VLMDataset(Dataset):
+    """Conversations with any number of images, or none; `{"text": ...}` rows are trained on whole.
+
+    Rows longer than `max_length` are cut (in text only). DataError names the row that is not usable.
+    """
+
+    def __init__(
+        self,
+        paths: list[Path],
+        processor: MiniMindVLMProcessor,
+        max_length: int,
+        images_path: Path | None = None,
+    ):
+        self.processor, self.max_length = processor, max_length
+        self.images_root = str(images_path.resolve()) if images_path else ""
+        self.rows = load_rows(paths, images_path)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def lengths(self) -> np.ndarray:
+        """(len(self),) int64: estimated tokens of each row, placeholders included."""
+        table = self.rows.data
+        images = np.diff(table.column("images").combine_chunks().offsets.to_numpy())
+        text = table.column("text_tokens").to_numpy()
+        lengths = text + images.astype(np.int64) * self.processor.tokens_per_image
+        return np.minimum(lengths, self.max_length)
+
+    def __getitem__(self, index: int) -> Sample:
+        row = self.rows[index]
+        try:
+            input_ids, labels = self._encode(row)
+        except ValueError as error:
+            raise DataError(f"{row['where']}: {error}") from None
+        input_ids, labels, images = cut(
+            input_ids, labels, self.max_length, len(row["images"]), self._placeholder
+        )
+        pictures = [
+            open_image(resolve_image(name, self.images_root), row["where"]) for name in row["images"][:images]
+        ]
+        return Sample(input_ids, labels, self.processor.pixel_values(pictures) if pictures else None)
+
+    def _encode(self, row: dict) -> tuple[list[int], list[int]]:
+        if not row["roles"]:
+            tokenizer = self.processor.tokenizer
+            text = tokenizer.encode(row["contents"][0], add_special_tokens=False, split_special_tokens=True)
+            input_ids = [tokenizer.bos_token_id, *text, tokenizer.eos_token_id]
+            return input_ids, list(input_ids)
+        turns = zip(row["roles"], row["contents"], strict=True)
+        messages = [{"role": role, "content": content} for role, content in turns]
+        return self.processor.encode_chat(messages, len(row["images"]))
+
+    @property
+    def _placeholder(self) -> list[int]:
+        """The ids of one image: P times the placeholder."""
+        processor = self.processor
+        return [processor.placeholder_id] * processor.tokens_per_image
+
+
+def cut(
+    input_ids: list[int], labels: list[int], max_length: int, images: int, placeholder: list[int]
+) -> tuple[list[int], list[int], int]:
+    """Shortens a row to at most `max_length` tokens, never inside an image: an image that does not fit whole
+    is dropped with everything after it. Returns ids, labels and the number of images that are left."""
+    if len(input_ids) <= max_length:
+        return input_ids, labels, images
+    end, position, kept = max_length, 0, 0
+    for _ in range(images):
+        position = _find(input_ids, placeholder, position)
+        if position + len(placeholder) > max_length:
+            end = min(position, max_length)
+            break
+        position += len(placeholder)
+        kept += 1
+    return input_ids[:end], labels[:end], kept
+
+
+def _find(input_ids: list[int], run: list[int], start: int) -> int:
+    """First position from `start` at which all of `run` stands."""
+    while input_ids[start : start + len(run)] != run:
+        start = input_ids.index(run[0], start + 1)
+    return start
+
+
+def open_image(path: str, where: str) -> Image.Image:
+    """An upright RGB picture; DataError names the row and the file that cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{where}: cannot read image {path} ({error})") from None

@@ -1,0 +1,253 @@
+"""Pictures and messages -> what MiniMindVLM reads; the only place that builds a prompt.
+
+Training, evaluation, the web demo and exported folders all use MiniMindVLMProcessor. The chat format itself
+is the tokenizer's `chat_template.jinja`; here `<image>` becomes placeholders and labels are found.
+Shapes: B rows, N most images of a row, P placeholder tokens per image, T tokens.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_utils import load_image
+from transformers.processing_utils import ProcessorMixin
+
+IMAGE_MARKER = "<image>"
+PLACEHOLDER = "@"
+IGNORE_INDEX = -100
+ROLES = ("system", "user", "assistant")
+
+
+class MiniMindVLMProcessor(ProcessorMixin):
+    """Joins an image processor and the tokenizer.
+
+    `tokens_per_image` is P, the encoder's patch tokens: 196 for CLIP-ViT-B/16 at 224 pixels.
+    """
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, tokens_per_image: int = 196):
+        self.tokens_per_image = tokens_per_image
+        self.image_token = IMAGE_MARKER
+        chat_template = chat_template or getattr(tokenizer, "chat_template", None)
+        if image_processor is None:  # the text stage; the library insists on both parts
+            self.image_processor, self.tokenizer, self.chat_template = None, tokenizer, chat_template
+        else:
+            super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "pixel_values", "image_counts"]
+
+    @property
+    def placeholder_id(self) -> int:
+        return self.tokenizer.convert_tokens_to_ids(PLACEHOLDER)
+
+    def encode_chat(self, messages: Sequence[dict], num_images: int = 0) -> tuple[list[int], list[int]]:
+        """Token ids and labels of a whole conversation, for training.
+
+        Labels are unshifted: an assistant turn's content, its `<|im_end|>` and the newline; -100 elsewhere.
+        ValueError for an unknown role, a blank assistant turn, or `<image>` markers that differ from
+        `num_images`.
+        """
+        messages = self._expand(messages, num_images)
+        if any(m["role"] == "assistant" and not m["content"].strip() for m in messages):
+            raise ValueError("an assistant turn is empty")
+        input_ids = self._tokenize(messages)
+        return input_ids, self._labels(input_ids)
+
+    def encode_prompt(self, messages: Sequence[dict], num_images: int = 0) -> list[int]:
+        """Token ids of a conversation that the assistant is to continue."""
+        return self._tokenize(self._expand(messages, num_images), add_generation_prompt=True)
+
+    def apply_chat_template(
+        self,
+        conversation,
+        chat_template: str | None = None,
+        *,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        sanitize_control_tokens: bool = True,
+        processor_kwargs: dict | None = None,
+        return_tensors: str | None = "auto",
+        **kwargs,
+    ):
+        """As transformers has it, but text such as `<|im_start|>` inside a message stays text by default.
+
+        Pictures come inside the messages (`{"type": "image", "path": ...}`), or in
+        `processor_kwargs["images"]`, a list for each conversation; with `tokenize=True, return_dict=True` the
+        result feeds `generate`.
+        """
+        if not tokenize:
+            return super().apply_chat_template(
+                conversation,
+                chat_template,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                **kwargs,
+            )
+        conversations, is_batched = self._normalize_conversations(conversation)
+        images = [self._pictures_inside(messages) for messages in conversations]
+        options = {**kwargs, **(processor_kwargs or {})}
+        if (given := options.pop("images", None)) is not None:
+            images = given if is_batched else [given]
+        rows = [
+            self._tokenize(
+                self._expand(messages, len(pictures)),
+                chat_template=chat_template,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                sanitize_control_tokens=sanitize_control_tokens,
+            )
+            for messages, pictures in zip(conversations, images, strict=True)
+        ]
+        if not return_dict:
+            return rows if is_batched else rows[0]
+        return self.batch(rows, images, padding_side=options.get("padding_side", "left"))
+
+    def __call__(self, images=None, text=None, padding_side: str | None = None, **kwargs) -> BatchFeature:
+        """Prompts that are already text, with `<image>` where pictures go.
+
+        `images`: for one text a picture or a list; for several texts a list of pictures for each, or a flat
+        list that the texts' markers share out. Without `text`, only `pixel_values` of the pictures.
+        ValueError where markers and pictures differ in number. Other arguments of the library are accepted
+        and have no effect: rows are always padded to the longest one and returned as tensors.
+        """
+        if text is None:
+            return BatchFeature({"pixel_values": self.pixel_values(_flat(images))})
+        texts = [text] if isinstance(text, str) else list(text)
+        pictures = self._share_out(texts, images)
+        rows = []
+        for row, (prompt, row_pictures) in enumerate(zip(texts, pictures, strict=True)):
+            found = prompt.count(IMAGE_MARKER)
+            if found != len(row_pictures):
+                raise ValueError(
+                    f"text {row}: {found} {IMAGE_MARKER} markers, but {len(row_pictures)} images"
+                )
+            rows.append(self.tokenizer.encode(self._with_placeholders(prompt), add_special_tokens=False))
+        return self.batch(rows, pictures, padding_side=padding_side or self.tokenizer.padding_side)
+
+    def batch(self, rows: list[list[int]], images: list[list], padding_side: str = "left") -> BatchFeature:
+        """Pads `rows` to the longest: input_ids, attention_mask (B, T) and, if there are any pictures,
+        pixel_values (B, N, 3, H, W) with image_counts (B,)."""
+        length = max(len(row) for row in rows)
+        input_ids = torch.full((len(rows), length), self.tokenizer.pad_token_id)  # (B, T)
+        attention_mask = torch.zeros_like(input_ids)  # (B, T)
+        for i, row in enumerate(rows):
+            where = slice(length - len(row), length) if padding_side == "left" else slice(0, len(row))
+            input_ids[i, where] = torch.tensor(row)
+            attention_mask[i, where] = 1
+        data = {"input_ids": input_ids, "attention_mask": attention_mask}
+        counts = torch.tensor([len(pictures) for pictures in images])
+        if counts.sum():
+            flat = self.pixel_values(_flat(images))  # (sum of counts, 3, H, W)
+            pixel_values = flat.new_zeros(len(rows), int(counts.max()), *flat.shape[1:])  # (B, N, 3, H, W)
+            pixel_values[torch.arange(int(counts.max())) < counts[:, None]] = flat
+            data |= {"pixel_values": pixel_values, "image_counts": counts}
+        return BatchFeature(data)
+
+    def pixel_values(self, images: list) -> torch.Tensor:
+        """Preprocessed pictures (len(images), 3, H, W), fp32; a picture is a PIL image, an array, a path or a
+        URL."""
+        images = [load_image(image) if isinstance(image, str) else image for image in images]
+        images = [image.convert("RGB") if hasattr(image, "convert") else image for image in images]
+        return self.image_processor(images, return_tensors="pt")["pixel_values"]
+
+    def _expand(self, messages: Sequence[dict], num_images: int) -> list[dict[str, str]]:
+        """Messages with plain string contents, `<image>` of user turns replaced by placeholders."""
+        turns = [{"role": m["role"], "content": _as_text(m.get("content"))} for m in messages]
+        for number, turn in enumerate(turns, start=1):
+            if turn["role"] not in ROLES:
+                raise ValueError(
+                    f"turn {number}: unknown role {turn['role']!r}, expected one of {', '.join(ROLES)}"
+                )
+            if turn["role"] == "assistant":
+                # The generation prompt ends in a newline of its own, so an answer never starts with one.
+                turn["content"] = turn["content"].lstrip("\n")
+        users = [turn for turn in turns if turn["role"] == "user"]
+        found = sum(turn["content"].count(IMAGE_MARKER) for turn in users)
+        if num_images and not found and users:
+            users[0]["content"] = f"{IMAGE_MARKER}\n" * num_images + users[0]["content"]
+            found = num_images
+        if found != num_images:
+            raise ValueError(f"{found} {IMAGE_MARKER} markers in the user's turns, but {num_images} images")
+        for turn in turns:
+            turn["content"] = self._with_placeholders(turn["content"], expand=turn["role"] == "user")
+        return turns
+
+    def _with_placeholders(self, text: str, expand: bool = True) -> str:
+        """Replaces each `<image>` by P placeholders and keeps the text's own `@` apart from them."""
+        pieces = text.split(IMAGE_MARKER) if expand else [text]
+        for piece in pieces:
+            if PLACEHOLDER * self.tokens_per_image in piece:
+                raise ValueError(
+                    f"the text has {self.tokens_per_image} or more {PLACEHOLDER!r} in a row, which stands for images"
+                )
+        result = pieces[0]
+        for left, right in itertools.pairwise(pieces):
+            result += "\n" if left.endswith(PLACEHOLDER) else ""
+            result += PLACEHOLDER * self.tokens_per_image
+            result += ("\n" if right.startswith(PLACEHOLDER) else "") + right
+        return result
+
+    def _tokenize(
+        self, messages: list[dict[str, str]], sanitize_control_tokens: bool = True, **options
+    ) -> list[int]:
+        options["chat_template"] = options.get("chat_template") or self.chat_template
+        return self.tokenizer.apply_chat_template(
+            messages,
+            tokenize=True,
+            return_dict=False,
+            sanitize_control_tokens=sanitize_control_tokens,
+            **options,
+        )
+
+    def _labels(self, input_ids: list[int]) -> list[int]:
+        # Message text never contains the special ids (it is sanitized), so each bos id opens a turn.
+        start, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        header = self.tokenizer.encode("assistant\n", add_special_tokens=False)
+        labels = [IGNORE_INDEX] * len(input_ids)
+        for position, token in enumerate(input_ids):
+            first = position + 1 + len(header)
+            if token == start and input_ids[position + 1 : first] == header and end in input_ids[first:]:
+                last = input_ids.index(end, first) + 1  # the newline after <|im_end|>
+                labels[first : last + 1] = input_ids[first : last + 1]
+        return labels
+
+    @staticmethod
+    def _pictures_inside(messages: Sequence[dict]) -> list:
+        parts = [p for m in messages if isinstance(m.get("content"), list) for p in m["content"]]
+        keys = ("image", "url", "path", "base64")
+        return [part[key] for part in parts if part.get("type") == "image" for key in keys if key in part]
+
+    @staticmethod
+    def _share_out(texts: list[str], images: Any) -> list[list]:
+        if images is None:
+            return [[] for _ in texts]
+        if len(texts) == 1:
+            return [_flat(images)]
+        if isinstance(images, (list, tuple)) and all(isinstance(item, (list, tuple)) for item in images):
+            return [list(item) for item in images]
+        rest = iter(_flat(images))
+        shares = [list(itertools.islice(rest, text.count(IMAGE_MARKER))) for text in texts]
+        if leftover := len(list(rest)):
+            raise ValueError(f"{leftover} more images than {IMAGE_MARKER} markers")
+        return shares
+
+
+def _as_text(content: str | list[dict] | None) -> str:
+    """A message's content as one string; image parts become `<image>`, each on a line of its own."""
+    if isinstance(content, str):
+        return content
+    texts = [IMAGE_MARKER if part.get("type") == "image" else part.get("text", "") for part in content or []]
+    return "\n".join(texts)
+
+
+def _flat(images: Any) -> list:
+    if not isinstance(images, (list, tuple)):
+        return [images]
+    return [
+        image for item in images for image in (_flat(item) if isinstance(item, (list, tuple)) else [item])
+    ]

@@ -1,0 +1,27 @@
+"""Stage 2: dialogues about images. The projection and the language model learn; see --help for every flag."""
+
+from dataclasses import dataclass
+
+from trainer.arguments import TrainingFlags, flag
+from trainer.cli import parse_flags, run_main
+from trainer.stage import run_stage
+
+
+@dataclass
+class SFTFlags(TrainingFlags):
+    data_path: list[str] = flag(["dataset/sft_data.jsonl"], "JSONL or JSON files with the dialogues")
+    images_path: str = flag("dataset/sft_images", "folder that relative image paths start from")
+    epochs: int = flag(2, "passes over the data")
+    batch_size: int = flag(4, "rows of one micro-batch on one rank")
+    learning_rate: float = flag(1e-6, "peak learning rate; a cosine brings it down to a tenth")
+    max_seq_len: int = flag(1536, "longest row in tokens, images included; longer rows are cut in their text")
+    log_interval: int = flag(10, "optimizer steps between two lines of metrics.jsonl")
+
+
+def main() -> int:
+    flags = parse_flags(SFTFlags, __doc__)
+    return run_stage(flags, "sft_vlm", bases=("pretrain_vlm",))
+
+
+if __name__ == "__main__":
+    run_main(main)

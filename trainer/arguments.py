@@ -1,0 +1,105 @@
+"""The flags of the training stages: each field is a flag, with its help and default.
+
+A stage's own defaults are set in its script, by a subclass.
+"""
+
+import os
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+TRAINABLE = ("proj", "proj_last", "proj_attn", "proj_llm")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+POSITIVE = (
+    "epochs batch_size learning_rate accumulation_steps log_interval save_interval eval_interval "
+    "hidden_size num_hidden_layers num_attention_heads num_key_value_heads max_seq_len max_steps"
+).split()
+NOT_NEGATIVE = ("num_workers", "warmup_iters", "grad_clip", "seed")
+
+
+def flag(default: Any, help_text: str, choices: tuple[str, ...] | None = None) -> Any:
+    metadata: dict[str, Any] = {"help": help_text}
+    if choices:
+        metadata["choices"] = choices
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def optional_flag(help_text: str) -> Any:
+    return field(default=None, metadata={"help": help_text})
+
+
+@dataclass
+class TrainingFlags:
+    """Flags of every stage. ValueError names a flag whose value makes no sense."""
+
+    data_path: list[str] = flag(
+        [], "JSONL or JSON files with the rows to train on; several are read in order"
+    )
+    images_path: str = flag("", "folder that the rows' relative image paths start from")
+    out_dir: str = flag("out", "folder for weights; metrics go to runs/ in it")
+    epochs: int = flag(1, "passes over the data")
+    batch_size: int = flag(16, "rows of one micro-batch on one rank")
+    accumulation_steps: int = flag(1, "micro-batches for one optimizer step")
+    learning_rate: float = flag(4e-4, "peak learning rate; a cosine brings it down to a tenth")
+    warmup_iters: int = flag(0, "optimizer steps of linear warm-up before the cosine")
+    grad_clip: float = flag(1.0, "largest norm of the gradient; 0 switches clipping off")
+    max_steps: int | None = optional_flag("stop after this many optimizer steps, whatever --epochs says")
+    max_seq_len: int = flag(640, "longest row in tokens, images included; longer rows are cut in their text")
+    trainable: str = flag("proj_llm", "which weights learn", TRAINABLE)
+    from_weight: str | None = optional_flag(
+        "weights to start from, or 'none'; default: what the stage before wrote"
+    )
+    hidden_size: int = flag(512, "width of the language model")
+    num_hidden_layers: int = flag(8, "layers of the language model")
+    num_attention_heads: int = flag(8, "query heads")
+    num_key_value_heads: int = flag(2, "key and value heads")
+    use_moe: bool = flag(False, "mixture-of-experts feed-forward layers")
+    vision_model_path: str = flag(
+        "model/vision_model/clip-vit-base-patch16", "folder of the frozen image encoder"
+    )
+    tokenizer_path: str = flag("model/tokenizer", "folder of the tokenizer")
+    device: str | None = optional_flag("cuda, cuda:1, mps or cpu; default: the best there is")
+    dtype: str = flag(
+        "auto", "precision of the forward pass; auto is bfloat16 where the hardware has it", DTYPES
+    )
+    compile: bool = flag(False, "compile the model with torch.compile")
+    num_workers: int = flag(
+        min(8, os.cpu_count() or 1), "processes that prepare batches; 0: none besides this one"
+    )
+    seed: int = flag(1337, "seed of initial weights, order and dropout")
+    log_interval: int = flag(100, "optimizer steps between two lines of metrics.jsonl")
+    save_interval: int = flag(1000, "optimizer steps between two saves of the weights")
+    eval_data_path: list[str] = flag([], "rows to measure the loss on while training")
+    eval_interval: int = flag(1000, "optimizer steps between two measurements on --eval_data_path")
+    use_wandb: bool = flag(False, "send the metrics to Weights & Biases as well (needs the package wandb)")
+    wandb_project: str = flag("MiniMind-V", "project name there")
+
+    def __post_init__(self) -> None:
+        for name in POSITIVE:
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"--{name} must be above 0, found {value}")
+        for name in NOT_NEGATIVE:
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} must not be negative, found {getattr(self, name)}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"--hidden_size {self.hidden_size} is not a multiple of "
+                f"--num_attention_heads {self.num_attention_heads}"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"--num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"--num_key_value_heads {self.num_key_value_heads}"
+            )
+        if not self.data_path:
+            raise ValueError("--data_path is needed: the rows to train on")
+
+    def model_config(self) -> dict[str, Any]:
+        """The flags that are fields of the model's config."""
+        names = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads use_moe".split()
+        return {name: getattr(self, name) for name in names}
+
+    def as_dict(self) -> dict[str, Any]:
+        return {item.name: getattr(self, item.name) for item in fields(self)}

@@ -1,0 +1,59 @@
+"""What every entry point does alike: flags from a dataclass, one-line errors, exit codes, logging.
+
+Exit codes: 0 done, 1 data or files not usable, 2 wrong usage, 130 and 143 stopped by SIGINT and SIGTERM.
+"""
+
+import contextlib
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from dataset.errors import DataError
+
+Flags = TypeVar("Flags")
+
+
+class UserError(Exception):
+    """Something the user can mend. The message is one line and says what was found and what was expected."""
+
+
+@contextlib.contextmanager
+def user_errors(what: str = "") -> Iterator[None]:
+    """Turns the errors by which libraries and the model package report bad files and values into
+    UserError."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        message = " ".join(str(error).split())
+        raise UserError(f"{what}: {message}" if what else message) from error
+
+
+def parse_flags(flags: type[Flags], description: str) -> Flags:
+    """Fills the dataclass `flags` from the command line; its `__post_init__` may raise ValueError (exit code
+    2)."""
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(flags, description=description, allow_abbrev=False)
+    if not {"-h", "--help"} & set(sys.argv[1:]):
+        parser.usage = "%(prog)s [flags], see --help"  # an error shows one line of usage instead of thirty
+    try:
+        (parsed,) = parser.parse_args_into_dataclasses()
+    except ValueError as error:
+        parser.error(str(error))
+    return parsed
+
+
+def run_main(main: Callable[[], int | None]) -> None:
+    """Runs an entry point and ends the process with its exit code; a user's mistake is one line on stderr."""
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    for noisy in ("httpx", "httpcore", "datasets"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        code = main()
+    except (UserError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 1
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)

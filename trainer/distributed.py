@@ -1,0 +1,123 @@
+"""Ranks, device, precision, seeds and signals: nothing else knows about them.
+
+A run is one process, or the processes that `torchrun` starts.
+"""
+
+import contextlib
+import os
+import random
+import signal
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from trainer.cli import UserError
+
+STOP_SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
+
+
+@dataclass
+class Runtime:
+    """Where this process runs. `stop_code` is the exit code to end with once a signal has come, else 0."""
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+    stop_code: int = field(default=0, init=False)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, *values: float) -> list[float]:
+        """Sums of each value over all ranks."""
+        if self.world_size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    @contextlib.contextmanager
+    def main_first(self):
+        """The main process does what is inside before the others, which then find its files."""
+        if not self.is_main:
+            dist.barrier()
+        yield
+        if self.is_main and self.world_size > 1:
+            dist.barrier()
+
+    def catch_signals(self) -> None:
+        """The first SIGINT or SIGTERM is noted, so that the step ends and weights are saved; a second one
+        kills."""
+
+        def note(signum: int, _frame) -> None:
+            self.stop_code = STOP_SIGNALS[signum]
+            signal.signal(signum, signal.SIG_DFL)
+
+        for signum in STOP_SIGNALS:
+            signal.signal(signum, note)
+
+
+@contextlib.contextmanager
+def runtime(device: str | None, seed: int):
+    """Joins the process group where `torchrun` started this process, seeds everything, and cleans up.
+
+    UserError for a device that is not there.
+    """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    chosen = _device(device)
+    if world_size > 1:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002  libraries draw from it
+    torch.manual_seed(seed)
+    try:
+        yield Runtime(chosen, rank, world_size)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        name = accelerator.type if accelerator else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda":
+            if device.index is None:
+                device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of autocast; float32 means none. `auto` takes bfloat16 where matrix products are fast in
+    it."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()):
+        return torch.bfloat16
+    return torch.float32
+
+
+def ignore_signals(_worker: int) -> None:
+    """For data workers: Ctrl-C reaches them too, and only the training process is to act on it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Largest memory so far: the device's where it counts its own, otherwise this process's resident
+    memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

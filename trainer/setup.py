@@ -1,0 +1,106 @@
+"""Flags and files -> tokenizer, processor, and a model with its weights; shared by training and inference."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.model_vlm import MiniMindVLM, VLMConfig, load_weights
+from model.processing_vlm import MiniMindVLMProcessor
+from trainer.checkpoint import Sidecar, check_sizes, check_tokenizer, load_weights_file, weight_name
+from trainer.cli import UserError, user_errors
+
+log = logging.getLogger(__name__)
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    if not Path(path).is_dir():
+        raise UserError(f"--tokenizer_path {path}: no such folder")
+    with user_errors(f"--tokenizer_path {path}"):
+        return AutoTokenizer.from_pretrained(path)
+
+
+def build_vlm(
+    config: dict[str, Any], vision_model_path: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[MiniMindVLM, MiniMindVLMProcessor]:
+    """A model with fresh weights and the encoder of `vision_model_path`, and the processor that goes with
+    it."""
+    with user_errors():
+        # Padding, bos and eos ids and the placeholder are the tokenizer's.
+        model = MiniMindVLM(VLMConfig(**config, **special_ids(tokenizer)), vision_model_path)
+    return model, MiniMindVLMProcessor(
+        model.processor, tokenizer, tokens_per_image=len(model.config.image_ids)
+    )
+
+
+def build_lm(
+    config: dict[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> tuple[MiniMindForCausalLM, MiniMindVLMProcessor]:
+    """A language model with fresh weights, and a processor that knows no images."""
+    model = MiniMindForCausalLM(MiniMindConfig(**config, **special_ids(tokenizer)))
+    return model, MiniMindVLMProcessor(None, tokenizer)
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {"vocab_size": len(tokenizer)} | {name: getattr(tokenizer, name) for name in names}
+
+
+def load_base(
+    model: MiniMindForCausalLM,
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    tokenizer_asked: bool = False,
+) -> Sidecar:
+    """Loads the `.pth` at `path` into `model`; a projection that the file lacks (an LM's) keeps its fresh
+    weights.
+
+    UserError where sizes or tokenizer do not agree. Returns the file's sidecar.
+    """
+    state, sidecar = load_weights_file(path)
+    wanted = {name: getattr(model.config, name) for name in ("hidden_size", "num_hidden_layers", "use_moe")}
+    check_sizes(sidecar, wanted | {"vocab_size": model.config.vocab_size}, path)
+    if warning := check_tokenizer(sidecar, tokenizer, path, tokenizer_asked):
+        log.warning("warning: %s", warning)
+    if not any(key.startswith("vision_proj.") for key in state):
+        state |= {k: v for k, v in model.state_dict().items() if k.startswith("vision_proj.")}
+    with user_errors(str(path)):
+        load_weights(model, state)
+    return sidecar
+
+
+def find_base(from_weight: str | None, out_dir: Path, stages: tuple[str, ...], flags: Any) -> Path | None:
+    """Weights that a stage starts from: `--from_weight`, or what one of `stages` wrote; None for a fresh
+    start."""
+    if from_weight == "none" or (from_weight is None and not stages):
+        return None
+    if from_weight is not None:
+        return Path(from_weight)
+    names = [weight_name(stage, flags.hidden_size, flags.use_moe) for stage in stages]
+    for name in names:
+        if (out_dir / name).is_file():
+            return out_dir / name
+    raise UserError(
+        f"no {names[0]} in {out_dir}: run the stage before, or give --from_weight PATH, or --from_weight none"
+    )
+
+
+def set_trainable(model: torch.nn.Module, trainable: str) -> None:
+    """Marks which weights learn; the encoder never does.
+
+    `proj`: the projection; `proj_last`: and the last layer; `proj_attn`: and all q/k/v/o projections;
+    `proj_llm`: and the whole language model.
+    """
+    last = f"model.layers.{model.config.num_hidden_layers - 1}."
+    for name, parameter in model.named_parameters():
+        learns = name.startswith("vision_proj.")
+        if trainable == "proj_last":
+            learns |= name.startswith(last)
+        elif trainable == "proj_attn":
+            learns |= any(f".self_attn.{letter}_proj." in name for letter in "qkvo")
+        elif trainable == "proj_llm":
+            learns = True
+        parameter.requires_grad_(learns and not name.startswith("vision_encoder."))

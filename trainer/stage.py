@@ -1,0 +1,97 @@
+"""One training stage from flags to files: what the stage scripts share around the loop."""
+
+import dataclasses
+import logging
+from pathlib import Path
+
+from dataset.vlm_dataset import VLMDataset
+from model.processing_vlm import MiniMindVLMProcessor
+from trainer.arguments import TrainingFlags
+from trainer.checkpoint import describe, save_weights, weight_name
+from trainer.cli import user_errors
+from trainer.distributed import Runtime, runtime
+from trainer.loop import planned_steps, step_sampler, train
+from trainer.metrics import Metrics, open_tracker
+from trainer.setup import build_lm, build_vlm, find_base, load_base, load_tokenizer, set_trainable
+
+log = logging.getLogger(__name__)
+
+
+def run_stage(flags: TrainingFlags, stage: str, bases: tuple[str, ...]) -> int:
+    """Runs `stage` ("lm", "pretrain_vlm" or "sft_vlm"), which starts from what one of `bases` wrote.
+
+    Writes `{out_dir}/{stage}_{hidden}.pth` and its sidecar, metrics in `{out_dir}/runs/`; returns the exit
+    code.
+    """
+    out_dir = Path(flags.out_dir)
+    name = weight_name(stage, flags.hidden_size, flags.use_moe)
+    with user_errors(f"--out_dir {flags.out_dir}: cannot be written"):
+        out_dir.mkdir(parents=True, exist_ok=True)
+    with runtime(flags.device, flags.seed) as run:
+        if not run.is_main:
+            logging.disable(logging.WARNING)
+        base = find_base(flags.from_weight, out_dir, bases, flags)
+        tokenizer = load_tokenizer(flags.tokenizer_path)
+        if stage == "lm":
+            model, processor = build_lm(flags.model_config(), tokenizer)
+        else:
+            model, processor = build_vlm(flags.model_config(), flags.vision_model_path, tokenizer)
+        if base is not None:
+            asked = flags.tokenizer_path != default(flags, "tokenizer_path")
+            load_base(model, base, tokenizer, asked)
+        set_trainable(model, flags.trainable)
+        model.to(run.device)
+        samples = open_samples(flags.data_path, processor, flags, run)
+        eval_samples = (
+            open_samples(flags.eval_data_path, processor, flags, run) if flags.eval_data_path else None
+        )
+        learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        log.info(
+            "%s: %s rows, %.2fM weights learn, from %s, on %s x %d",
+            stage,
+            f"{len(samples):,}",
+            learning / 1e6,
+            base or "scratch",
+            run.device,
+            run.world_size,
+        )
+        run.catch_signals()
+        total_steps = planned_steps(len(step_sampler(samples, flags, run)), flags)
+        tracker = open_tracker(flags.use_wandb, flags.wandb_project, name, flags.as_dict(), run)
+        metrics = Metrics(out_dir / "runs" / Path(name).stem, total_steps, run, stage, tracker)
+        path = out_dir / name
+
+        def save(step: int) -> None:
+            save_weights(path, model, describe(model, tokenizer, stage, step, flags.as_dict()))
+
+        try:
+            code = train(
+                model,
+                samples,
+                eval_samples,
+                flags,
+                run,
+                metrics,
+                lambda step: save_weights(
+                    path, model, describe(model, tokenizer, stage, step, flags.as_dict())
+                ),
+            )
+        finally:
+            metrics.close()
+        if metrics.skipped_rows:
+            log.warning("warning: %d rows without a supervised token were skipped", metrics.skipped_rows)
+        if run.is_main:
+            log.info("%s: weights are in %s", "stopped by a signal" if code else "done", path)
+        return code
+
+
+def open_samples(
+    paths: list[str], processor: MiniMindVLMProcessor, flags: TrainingFlags, run: Runtime
+) -> VLMDataset:
+    images = Path(flags.images_path) if flags.images_path else None
+    with run.main_first():
+        return VLMDataset([Path(path) for path in paths], processor, flags.max_seq_len, images)
+
+
+def default(flags: TrainingFlags, name: str):
+    return next(item.default for item in dataclasses.fields(flags) if item.name == name)
