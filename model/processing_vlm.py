@@ -183,7 +183,7 @@ class MiniMindVLMProcessor(ProcessorMixin):
         for piece in pieces:
             if PLACEHOLDER * self.tokens_per_image in piece:
                 raise ValueError(
-                    f"the text has {self.tokens_per_image} or more {PLACEHOLDER!r} in a row, which stands for images"
+                    f"the text has {self.tokens_per_image} {PLACEHOLDER!r} in a row: that means an image"
                 )
         result = pieces[0]
         for left, right in itertools.pairwise(pieces):

@@ -128,12 +128,10 @@ def load_weights_file(path: Path) -> tuple[dict[str, torch.Tensor], Sidecar]:
 def config_from_shapes(state: dict[str, torch.Tensor], path: Path) -> dict[str, Any]:
     """The config fields that the shapes of a state dict tell. UserError if it is not a MiniMind one.
 
-    Head counts are not in the shapes: the published 8 query heads are assumed, and the key-value heads
-    follow.
+    Head counts are not in the shapes; the config's defaults are the published ones.
     """
     try:
         vocab_size, hidden_size = state["model.embed_tokens.weight"].shape
-        key_width = state["model.layers.0.self_attn.k_proj.weight"].shape[0]
     except KeyError as error:
         raise UserError(f"{path}: not MiniMind weights, {error} is missing") from None
     layers = {int(match[1]) for key in state if (match := re.match(r"model\.layers\.(\d+)\.", key))}
@@ -141,8 +139,6 @@ def config_from_shapes(state: dict[str, torch.Tensor], path: Path) -> dict[str, 
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
         "num_hidden_layers": len(layers),
-        "num_attention_heads": 8,
-        "num_key_value_heads": key_width * 8 // hidden_size,
         "use_moe": False,
     }
     expert = "model.layers.0.mlp.experts.0.gate_proj.weight"

@@ -10,10 +10,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.model_vlm import MiniMindVLM, VLMConfig, load_weights
 from model.processing_vlm import MiniMindVLMProcessor
-from trainer.checkpoint import Sidecar, check_sizes, check_tokenizer, load_weights_file, weight_name
+from trainer.checkpoint import SIZES, Sidecar, check_sizes, check_tokenizer, load_weights_file, weight_name
 from trainer.cli import UserError, user_errors
 
 log = logging.getLogger(__name__)
+DEFAULT_TOKENIZER = "model/tokenizer"
+DEFAULT_ENCODER = "model/vision_model/clip-vit-base-patch16"
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -29,8 +31,7 @@ def build_vlm(
     """A model with fresh weights and the encoder of `vision_model_path`, and the processor that goes with
     it."""
     with user_errors():
-        # Padding, bos and eos ids and the placeholder are the tokenizer's.
-        model = MiniMindVLM(VLMConfig(**config, **special_ids(tokenizer)), vision_model_path)
+        model = MiniMindVLM(VLMConfig(**config | special_ids(tokenizer)), vision_model_path)
     return model, MiniMindVLMProcessor(
         model.processor, tokenizer, tokens_per_image=len(model.config.image_ids)
     )
@@ -40,11 +41,41 @@ def build_lm(
     config: dict[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[MiniMindForCausalLM, MiniMindVLMProcessor]:
     """A language model with fresh weights, and a processor that knows no images."""
-    model = MiniMindForCausalLM(MiniMindConfig(**config, **special_ids(tokenizer)))
+    model = MiniMindForCausalLM(MiniMindConfig(**config | special_ids(tokenizer)))
     return model, MiniMindVLMProcessor(None, tokenizer)
 
 
+def load_vlm(
+    weight: str, vision_model_path: str | None = None, tokenizer_path: str | None = None
+) -> tuple[MiniMindVLM, MiniMindVLMProcessor]:
+    """A trained model in fp32 and eval mode on the CPU, and its processor: for evaluation, export and the web
+    demo.
+
+    `weight` is a `.pth`, the name of one in `out/`, or an exported folder, which holds encoder and tokenizer.
+    For a `.pth` these come from its sidecar unless given. UserError if something is missing or does not fit.
+    """
+    path = Path(weight)
+    if path.is_dir():
+        with user_errors(str(path)):
+            model = MiniMindVLM.from_pretrained(path, dtype=torch.float32)
+            return model.eval(), MiniMindVLMProcessor.from_pretrained(path, backend="pil")
+    if not path.is_file() and (named := Path("out") / f"{path.name.removesuffix('.pth')}.pth").is_file():
+        path = named
+    state, sidecar = load_weights_file(path)
+    trained = {part: sidecar.get(part) or {} for part in ("tokenizer", "encoder")}
+    tokenizer = load_tokenizer(tokenizer_path or trained["tokenizer"].get("path") or DEFAULT_TOKENIZER)
+    if warning := check_tokenizer(sidecar, tokenizer, path, asked=tokenizer_path is not None):
+        log.warning("warning: %s", warning)
+    model, processor = build_vlm(
+        sidecar["config"], vision_model_path or trained["encoder"].get("path") or DEFAULT_ENCODER, tokenizer
+    )
+    with user_errors(str(path)):
+        load_weights(model, state)
+    return model.eval(), processor
+
+
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Config fields that are the tokenizer's to say."""
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {"vocab_size": len(tokenizer)} | {name: getattr(tokenizer, name) for name in names}
 
@@ -61,8 +92,7 @@ def load_base(
     UserError where sizes or tokenizer do not agree. Returns the file's sidecar.
     """
     state, sidecar = load_weights_file(path)
-    wanted = {name: getattr(model.config, name) for name in ("hidden_size", "num_hidden_layers", "use_moe")}
-    check_sizes(sidecar, wanted | {"vocab_size": model.config.vocab_size}, path)
+    check_sizes(sidecar, {name: getattr(model.config, name) for name in SIZES}, path)
     if warning := check_tokenizer(sidecar, tokenizer, path, tokenizer_asked):
         log.warning("warning: %s", warning)
     if not any(key.startswith("vision_proj.") for key in state):
