@@ -1,8 +1,8 @@
-"""The MiniMind language model: attention with grouped keys, RoPE, SwiGLU, RMSNorm, optionally a mixture of experts.
+"""The MiniMind language model: grouped-query attention, RoPE, SwiGLU, RMSNorm; dense or mixture of experts.
 
-Usable by itself with `transformers` (generate, save_pretrained); nothing here knows of images or of training loops.
-Shapes: B batch, T tokens of this call, S tokens the keys cover, N = B * T, V vocabulary, C hidden size, H heads,
-K key/value heads, D head size, E routed experts, k experts per token.
+Usable by itself with `transformers` (generate, save_pretrained); nothing here knows of images or of training.
+Shapes: B batch, T tokens of this call, S tokens the keys cover, N = B * T, V vocabulary, C hidden size,
+H heads, K key/value heads, D head size, E routed experts, k experts per token.
 """
 
 import math
@@ -122,13 +122,13 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
         **args,
     ) -> MiniMindOutput:
-        """Logits `(B, T, V)` of all positions, or of the last `logits_to_keep`, or of those an index tensor names.
+        """Logits `(B, T, V)`, or only those of the last `logits_to_keep` positions or of an index tensor's.
 
-        `attention_mask` is `(B, S)` with 1 for real tokens (cached ones included), or a ready 4-D mask. `labels` are
-        `(B, T)`, unshifted, -100 where nothing is learnt; `loss` is then the mean over supervised tokens.
-        Among `args` two matter, both with `labels`: `num_items_in_batch` divides the summed loss instead of this
-        call's own count of supervised tokens (for gradient accumulation and several ranks), and
-        `skip_logits=True` leaves `logits` out, which saves the memory of all positions that teach nothing.
+        `attention_mask` is `(B, S)` with 1 for real tokens (cached ones included), or a ready 4-D mask.
+        `labels` are `(B, T)`, unshifted, -100 where nothing is learnt; `loss` is then the mean over
+        supervised tokens, 0 if there are none. Two of `args` matter, both with `labels`: `num_items_in_batch`
+        divides the summed loss instead of this call's own count (for gradient accumulation and several
+        ranks), and `skip_logits=True` leaves `logits` None, which saves the memory of all unsupervised tokens.
         """
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -152,10 +152,10 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
     def supervised_loss(
         self, hidden: torch.Tensor, labels: torch.LongTensor, reduction: str = "sum"
     ) -> tuple[torch.Tensor, int]:
-        """Cross-entropy in fp32 over the positions of `hidden` (B, T, C) whose next label is not -100, and their number.
+        """fp32 cross-entropy of the positions of `hidden` (B, T, C) whose next label counts; and how many.
 
-        `reduction` is "sum" or "mean". Logits exist only for those positions, at most `LOSS_CHUNK` at a time. Without
-        any supervised token the loss is a zero that still has (zero) gradients, as DDP needs.
+        `reduction` is "sum" or "mean". Logits exist only for those positions, at most `LOSS_CHUNK` at a time.
+        Without any supervised token the loss is a zero that still has (zero) gradients, as DDP needs.
         """
         targets = labels[:, 1:].flatten()  # (B * (T - 1),)
         positions = (targets != -100).nonzero().squeeze(1)  # (supervised,)
@@ -205,9 +205,8 @@ class MiniMindModel(nn.Module):
         length = hidden.shape[1]
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         if isinstance(past, int) and past + length > self.config.max_position_embeddings:
-            raise ValueError(
-                f"{past + length} tokens, but max_position_embeddings is {self.config.max_position_embeddings}"
-            )
+            limit = self.config.max_position_embeddings
+            raise ValueError(f"the input has {past + length} tokens, but max_position_embeddings is {limit}")
         mask = self._attention_mask(hidden, attention_mask, position_ids, past_key_values)
         padding_mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
         if position_ids is None:
@@ -354,15 +353,16 @@ class MoE(nn.Module):
         return output, self._balance_loss(scores, choices, token_mask) if self.training else None
 
     def _routed(self, tokens: torch.Tensor, choices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Tokens (N, C), choices and weights (N, k) -> (N, C): one gather, one slice per expert, one way back."""
+        """Tokens (N, C), choices and weights (N, k) -> (N, C): one gather, one slice per expert, back."""
         k = choices.shape[1]
         order = choices.flatten().argsort(stable=True)  # (N * k,), choices sorted by expert
         counts = choices.flatten().bincount(minlength=len(self.experts)).tolist()
         slices = tokens.index_select(0, order // k).split(counts)  # each (tokens of the expert, C)
         # In training an expert without tokens runs on none: its gradient is then zero, not missing (DDP).
         outputs = [
-            expert(part) if len(part) or self.training else part
+            expert(part)
             for expert, part in zip(self.experts, slices, strict=True)
+            if len(part) or self.training
         ]
         outputs = torch.cat(outputs).index_select(0, order.argsort())  # (N * k, C), back in the tokens' order
         return (outputs.view(-1, k, tokens.shape[1]) * weights.unsqueeze(-1).type_as(outputs)).sum(1)

@@ -1,6 +1,6 @@
 """MiniMindVLM: the language model, a frozen vision encoder, and one linear layer between them.
 
-A text holds a run of placeholder ids for every image; `forward` puts the projected patch features in their place.
+A text holds a run of placeholder ids for every image; `forward` puts projected patch features in their place.
 Turning pictures and messages into tensors is `processing_vlm.py`'s work. Needs only torch and transformers.
 Shapes: B batch, T tokens, I image slots per row, P tokens per image, W the encoder's width, C hidden size.
 """
@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import SubConfigSpec
+from transformers.utils import logging
 
 from .model_minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindOutput
 
@@ -22,7 +23,7 @@ _IMAGE_INPUTS = ("pixel_values", "image_features", "image_counts")
 
 
 class VLMConfig(MiniMindConfig):
-    """The language model's config, the placeholder, and the encoder's own config: a config says everything."""
+    """The language model's config, the placeholder, and the encoder's own config: all there is to know."""
 
     model_type = "minimind-v"
     sub_configs_defaults = {  # noqa: RUF012 (the library's class attribute)
@@ -54,14 +55,13 @@ class MiniMindVLM(MiniMindForCausalLM):
     config_class = VLMConfig
 
     def __init__(self, params: VLMConfig | None = None, vision_model_path: str | Path | None = _DEFAULT_PATH):
-        """The encoder comes from an explicit `vision_model_path`, else from `params.vision_config` (its weights
-        then from a state dict), else from the default path. `None` and no `vision_config`: no encoder."""
+        """The encoder comes from an explicit `vision_model_path`, else from `params.vision_config` (its
+        weights then from a state dict), else from the default path; None without `vision_config`: none."""
         super().__init__(params)
         self.params = self.config
         self.vision_encoder, self.processor = self._resolve_encoder(vision_model_path)
         vision_size = 768
         if self.vision_encoder is not None:
-            self.vision_encoder.requires_grad_(False).eval()
             vision_config = self.vision_encoder.config
             vision_size, tokens = vision_config.hidden_size, patch_count(vision_config)
             self.config.vision_config = vision_config
@@ -69,6 +69,7 @@ class MiniMindVLM(MiniMindForCausalLM):
             self.config.image_special_token = self.config.image_special_token[:1] * tokens
         self.vision_proj = VisionProj(vision_size, self.config.hidden_size)
         self.post_init()
+        self.train(self.training)
 
     def _resolve_encoder(self, path: str | Path | None) -> tuple[PreTrainedModel | None, object | None]:
         if path is not None and path is not _DEFAULT_PATH:
@@ -84,8 +85,8 @@ class MiniMindVLM(MiniMindForCausalLM):
     def get_vision_model(model_path: str | Path) -> tuple[PreTrainedModel, object]:
         """The vision tower (fp32, frozen, eval mode) and the image processor of a transformers folder.
 
-        A folder with a text tower beside it (CLIP, SigLIP) gives its vision tower. Raises FileNotFoundError for a
-        missing folder, ValueError for one that holds something else.
+        A folder with a text tower beside it (CLIP, SigLIP) gives its vision tower. Raises FileNotFoundError
+        for a missing folder, ValueError for one that holds something else.
         """
         folder = Path(model_path)
         if not folder.is_dir():
@@ -95,29 +96,31 @@ class MiniMindVLM(MiniMindForCausalLM):
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
-            raise ValueError(
-                f"{folder} is not a vision encoder: it has no config.json that transformers knows"
-            ) from error
+            raise ValueError(f"{folder} is not a vision encoder: no config.json of a known model") from error
         config = getattr(config, "vision_config", None) or config
         found = (
-            f"{folder} is not a vision encoder with patch tokens: its config is of type {config.model_type!r}"
+            f"{folder} is not a vision encoder with patch tokens, but a model of type {config.model_type!r}"
         )
-        patch_count(config, found)
+        patch_count(config, otherwise=found)
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # or each weight of the text tower is reported
         try:
             encoder, report = AutoModel.from_pretrained(
                 folder, config=config, dtype=torch.float32, local_files_only=True, output_loading_info=True
             )
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{folder} is not a vision encoder: {str(error).splitlines()[0]}") from error
-        if report["missing_keys"]:
-            raise ValueError(f"{found} and its weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
-        try:
             # Without a named backend the result depends on whether torchvision is installed.
             processor = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise ValueError(
-                f"{folder} has no usable preprocessor_config.json, which a vision encoder needs"
+                f"{folder} is not a usable vision encoder: {str(error).splitlines()[0]}"
             ) from error
+        finally:
+            logging.set_verbosity(verbosity)
+        if report["missing_keys"]:
+            raise ValueError(
+                f"{folder} lacks weights of its vision encoder: {min(report['missing_keys'])}, ..."
+            )
+        encoder.config.name_or_path = ""  # a path of this machine has no place in an exported config
         return encoder.requires_grad_(False).eval(), processor
 
     @staticmethod
@@ -129,8 +132,8 @@ class MiniMindVLM(MiniMindForCausalLM):
     def get_image_embeddings(pixel_values: torch.Tensor, vision_model: PreTrainedModel) -> torch.Tensor:
         """Images (B, 3, H, W) -> the patches' last hidden states (B, P, W), without gradient.
 
-        Always in the encoder's own dtype, whatever autocast surrounds the call: features that are computed here and
-        features that were stored are then the same. To encode in bf16, convert the encoder itself.
+        Always in the encoder's own dtype, whatever autocast surrounds the call: features computed during
+        training and features stored before are then the same. To encode in bf16, convert the encoder.
         """
         with torch.no_grad(), torch.autocast(pixel_values.device.type, enabled=False):
             states = vision_model(pixel_values=pixel_values.to(vision_model.dtype)).last_hidden_state
@@ -147,7 +150,8 @@ class MiniMindVLM(MiniMindForCausalLM):
     def train(self, mode: bool = True) -> "MiniMindVLM":
         super().train(mode)
         if self.vision_encoder is not None:
-            self.vision_encoder.eval()
+            # from_pretrained puts new parameters in place of the frozen ones, and ends with a call of eval().
+            self.vision_encoder.requires_grad_(False).eval()
         return self
 
     def forward(
@@ -166,9 +170,11 @@ class MiniMindVLM(MiniMindForCausalLM):
     ) -> MiniMindOutput:
         """As the language model's forward, with images.
 
-        `pixel_values` is (B, I, 3, H, W), one image a row as (B, 3, H, W), or (B, I, 1, 3, H, W); `image_counts` (B,)
-        says how many of a row's slots are real (absent: all); `image_features` (B, I, P, W) stands for encoded
-        `pixel_values`. Images are used where the cache is empty. Without images placeholders are text.
+        `pixel_values` is (B, I, 3, H, W), or (B, 3, H, W) for one image a row, or (B, I, 1, 3, H, W);
+        `image_counts` (B,) int64 says how many of a row's slots are real (absent: all); `image_features`
+        (B, I, P, W) replaces `pixel_values` when features are computed already. Images are read only
+        where the cache is empty. Without images nothing is replaced. ValueError where runs of placeholders
+        and images disagree.
         """
         images = image_features if image_features is not None else pixel_values
         if images is not None and (past_key_values is None or past_key_values.get_seq_length() == 0):
@@ -194,8 +200,8 @@ class MiniMindVLM(MiniMindForCausalLM):
         seqlen: int = 512,
         image_counts: torch.LongTensor | None = None,
     ) -> torch.Tensor:
-        """`h` (B, T, C) with the placeholder runs of `tokens` (B, T) replaced by the projected `vision_tensors`
-        (B, I, P, W). `seqlen` is part of the published signature; the length never changes here."""
+        """`h` (B, T, C) with the placeholder runs of `tokens` (B, T) replaced by projected `vision_tensors`
+        (B, I, P, W). `seqlen` belongs to the published signature; the length never changes here."""
         if vision_tensors is None:
             return h
         features, image_counts = self._real_features(None, vision_tensors, image_counts)
@@ -207,7 +213,7 @@ class MiniMindVLM(MiniMindForCausalLM):
         image_features: torch.Tensor | None,
         image_counts: torch.LongTensor | None,
     ) -> tuple[torch.Tensor, torch.LongTensor]:
-        """Encoder outputs of the real slots, row after row: (images, P, W); and the number of them per row: (B,)."""
+        """Encoder outputs of the real slots, row after row (images, P, W), and their number per row (B,)."""
         images = image_features if image_features is not None else pixel_values
         if image_features is None:
             if images.dim() == 6:
@@ -225,6 +231,10 @@ class MiniMindVLM(MiniMindForCausalLM):
         if image_counts.shape != (rows,):
             raise ValueError(f"image_counts has shape {tuple(image_counts.shape)}, expected ({rows},)")
         image_counts = image_counts.to(images.device)
+        if bool(((image_counts < 0) | (image_counts > slots)).any()):
+            raise ValueError(
+                f"image_counts {image_counts.tolist()} must lie between 0 and the {slots} slots of a row"
+            )
         real = torch.arange(slots, device=images.device) < image_counts[:, None]  # (B, I)
         images = images[real]  # (images, ...)
         if image_features is None:
@@ -246,7 +256,7 @@ class MiniMindVLM(MiniMindForCausalLM):
         features: torch.Tensor,
         image_counts: torch.LongTensor,
     ) -> torch.Tensor:
-        """Features (images, P, W), projected, in the place of the placeholder runs of `embedded` (B, T, C)."""
+        """`embedded` (B, T, C) with projected features (images, P, W) in place of the placeholder runs."""
         slots = self._image_positions(input_ids, image_counts)  # (B, T), bool
         weight = self.vision_proj.vision_proj[0].weight
         if features.shape[1:] != (len(self.config.image_ids), weight.shape[1]):
@@ -259,7 +269,7 @@ class MiniMindVLM(MiniMindForCausalLM):
         return embedded.masked_scatter(slots.unsqueeze(-1), projected)
 
     def _image_positions(self, input_ids: torch.LongTensor, image_counts: torch.LongTensor) -> torch.Tensor:
-        """Mask (B, T) of the ids that images replace. A maximal run of n * P placeholder ids takes n images."""
+        """Mask (B, T) of the ids that images replace: a maximal run of n * P placeholders takes n images."""
         tokens = len(self.config.image_ids)
         placeholder = input_ids == self.config.image_ids[0]  # (B, T)
         before = nn.functional.pad(placeholder, (1, 0))[:, :-1]
@@ -288,7 +298,7 @@ class MiniMindVLM(MiniMindForCausalLM):
 
 
 def patch_count(vision_config: PreTrainedConfig, otherwise: str | None = None) -> int:
-    """Patch tokens of one image: image size over patch size, in both directions. ValueError if it has no patches."""
+    """Patches of one image. ValueError (with the text `otherwise`) for a config that has none."""
     sizes = [getattr(vision_config, name, None) for name in ("image_size", "patch_size")]
     if None in sizes or not hasattr(vision_config, "hidden_size"):
         raise ValueError(
@@ -303,18 +313,18 @@ def patch_count(vision_config: PreTrainedConfig, otherwise: str | None = None) -
 def load_weights(
     model: MiniMindForCausalLM, state_dict: dict[str, torch.Tensor], allow_missing: tuple[str, ...] = ()
 ) -> None:
-    """Copies a state dict into the model, in the model's dtype; what does not fit is a ValueError that names it.
+    """Copies a state dict into the model, in the model's dtype; what does not fit is named in a ValueError.
 
-    Left alone: the encoder where `state_dict` holds none of it, masks and `pos_cis` tables of old files, one of the two
-    tied weights, and keys that start with one of `allow_missing` (`("vision_proj.",)` to start a VLM from an LM).
+    No error: an encoder on one side only, masks and `pos_cis` tables of old files, one of two tied weights,
+    and missing keys that start with one of `allow_missing` (`("vision_proj.",)` starts a VLM from an LM).
     """
     found = {key: value for key, value in state_dict.items() if "mask" not in key and "pos_cis" not in key}
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
     if model.config.tie_word_embeddings and (head in found) != (embedding in found):
         found[head] = found[embedding] = found.get(head, found.get(embedding))
     expected = model.state_dict()
-    if not any(key.startswith("vision_encoder.") for key in found):
-        expected = {key: value for key, value in expected.items() if not key.startswith("vision_encoder.")}
+    if not all(any(key.startswith("vision_encoder.") for key in keys) for keys in (found, expected)):
+        found, expected = _without_encoder(found), _without_encoder(expected)
     problems = [
         f"{key} is missing" for key in expected.keys() - found.keys() if not key.startswith(allow_missing)
     ]
@@ -329,6 +339,10 @@ def load_weights(
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise ValueError(f"the weights do not fit the model: {'; '.join(problems[:8])}{more}")
     model.load_state_dict(found, strict=False)
+
+
+def _without_encoder(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in state_dict.items() if not key.startswith("vision_encoder.")}
 
 
 def _describe_mismatch(
