@@ -1,0 +1,460 @@
+"""`scripts/download.py` as a user runs it, against a local stand-in for the hub."""
+
+import importlib.util
+import io
+import json
+import os
+import random
+import signal
+import stat
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hub_stub import HubStub
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoImageProcessor, CLIPVisionModel, PreTrainedTokenizerFast
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "scripts" / "download.py"
+GOLDEN_CLIP = ROOT / "tests" / "golden" / "clip"
+
+CLIP = "openai/clip-vit-base-patch16"
+WEIGHTS = "jingyaogong/MiniMind2-V-PyTorch"
+TOKENIZER = "jingyaogong/MiniMind2-V"
+DATASET = "jingyaogong/minimind-v_dataset"
+
+# The library hands over content in pieces of 10 MiB, so only a longer file leaves something to resume.
+PIECE = 10 * 1024 * 1024
+
+
+@pytest.fixture
+def hub() -> Iterator[HubStub]:
+    with HubStub() as stub:
+        yield stub
+
+
+@pytest.fixture
+def download(hub: HubStub, tmp_path: Path):
+    """Run the script in an empty folder; `endpoint` and `token` override the stub's."""
+
+    def run(*names: str, **environment: str) -> subprocess.CompletedProcess:
+        with start(tmp_path, hub.endpoint, *names, **environment) as process:
+            stdout, stderr = process.communicate(timeout=120)
+        return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+    return run
+
+
+def start(folder: Path, endpoint: str, *names: str, **environment: str) -> subprocess.Popen:
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    settings = {
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(folder / "hf_home"),
+        "NO_PROXY": "*",
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.Popen(
+        [sys.executable, SCRIPT, *names],
+        cwd=folder,
+        env=inherited | settings | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def assert_one_line_error(result: subprocess.CompletedProcess, *parts: str) -> None:
+    assert result.returncode == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: "), result.stderr
+    for part in parts:
+        assert part in last
+
+
+# --- clip
+
+
+def clip_repository(weights: str) -> dict[str, bytes]:
+    """The golden CLIP with the legacy preprocessor keys of the published one, and files nobody needs."""
+    model = (GOLDEN_CLIP / "model.safetensors").read_bytes()
+    if weights == "pytorch_model.bin":
+        buffer = io.BytesIO()
+        torch.save(load_file(GOLDEN_CLIP / "model.safetensors"), buffer)
+        model = buffer.getvalue()
+    preprocessor = json.loads((GOLDEN_CLIP / "preprocessor_config.json").read_text())
+    del preprocessor["image_processor_type"]
+    preprocessor |= {"feature_extractor_type": "CLIPFeatureExtractor", "size": 224, "crop_size": 224}
+    return {
+        "config.json": (GOLDEN_CLIP / "config.json").read_bytes(),
+        "preprocessor_config.json": json.dumps(preprocessor).encode(),
+        weights: model,
+        "tokenizer.json": b"{}",
+        "tf_model.h5": b"not needed",
+    }
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
+def test_clip_keeps_only_the_vision_part_unchanged(hub, download, tmp_path, weights):
+    hub.models[CLIP] = clip_repository(weights)
+
+    result = download("clip")
+
+    assert result.returncode == 0, result.stderr
+    assert sorted(hub.fetched()) == sorted(["config.json", "preprocessor_config.json", weights])
+    folder = tmp_path / "model/vision_model/clip-vit-base-patch16"
+    kept = ["config.json", "model.safetensors", "preprocessor_config.json"]
+    assert sorted(path.name for path in folder.iterdir()) == kept
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "clip_vision_model"
+    published = CLIPVisionModel.from_pretrained(GOLDEN_CLIP).state_dict()
+    fetched = CLIPVisionModel.from_pretrained(folder).state_dict()
+    assert published.keys() == fetched.keys()
+    assert all(torch.equal(published[name], fetched[name]) for name in published)
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    expected = AutoImageProcessor.from_pretrained(GOLDEN_CLIP, backend="pil")
+    assert processor.to_dict() == expected.to_dict()
+
+
+def test_complete_clip_is_skipped_without_a_request(hub, download, tmp_path):
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    for name in ("config.json", "preprocessor_config.json", "model.safetensors"):
+        (folder / name).write_bytes((GOLDEN_CLIP / name).read_bytes())
+
+    result = download("clip", "--clip_dir", "elsewhere")
+
+    assert result.returncode == 0, result.stderr
+    assert "already complete, skipped" in result.stdout
+    assert not hub.requests
+
+
+# --- lm, vlm
+
+
+def published_weights() -> bytes:
+    """A state dict in the published layout: 2 layers, hidden 64, 8 heads of which 2 for keys and values."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"model.embed_tokens.weight": (259, 64), "model.norm.weight": (64,)}
+    for layer in ("model.layers.0", "model.layers.1"):
+        shapes |= {
+            f"{layer}.self_attn.q_proj.weight": (64, 64),
+            f"{layer}.self_attn.k_proj.weight": (16, 64),
+            f"{layer}.self_attn.v_proj.weight": (16, 64),
+            f"{layer}.self_attn.o_proj.weight": (64, 64),
+            f"{layer}.input_layernorm.weight": (64,),
+            f"{layer}.post_attention_layernorm.weight": (64,),
+            f"{layer}.mlp.gate_proj.weight": (192, 64),
+            f"{layer}.mlp.up_proj.weight": (192, 64),
+            f"{layer}.mlp.down_proj.weight": (64, 192),
+        }
+    state = {name: torch.randn(shape, generator=generator).half() for name, shape in shapes.items()}
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def published_tokenizer(tmp_path_factory) -> dict[str, bytes]:
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocabulary = special + sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    folder = tmp_path_factory.mktemp("tokenizer")
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=special[0], bos_token=special[1], eos_token=special[2]
+    ).save_pretrained(folder)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("lm", ["lm_512.pth"]), ("vlm", ["pretrain_vlm_512.pth", "sft_vlm_512.pth"])],
+)
+def test_weights_come_with_tokenizer_and_sidecar(
+    hub, download, tmp_path, published_tokenizer, name, expected
+):
+    files = ["lm_512.pth", "pretrain_vlm_512.pth", "sft_vlm_512.pth", "sft_vlm_768.pth"]
+    hub.models[WEIGHTS] = {file: published_weights() for file in files}
+    hub.models[TOKENIZER] = published_tokenizer | {"model.safetensors": b"not needed"}
+
+    result = download(name)
+
+    assert result.returncode == 0, result.stderr
+    out = tmp_path / "out"
+    assert sorted(path.name for path in out.glob("*.pth")) == expected
+    assert (out / "minimind2-tokenizer/tokenizer.json").exists()
+    assert not (out / "minimind2-tokenizer/model.safetensors").exists()
+    for file in expected:
+        sidecar = json.loads((out / file).with_suffix(".json").read_text())
+        assert sidecar["stage"] == file.removesuffix("_512.pth")
+        assert (sidecar["config"]["hidden_size"], sidecar["config"]["num_hidden_layers"]) == (64, 2)
+
+
+def test_weights_that_are_none_are_a_one_line_error(hub, download, published_tokenizer):
+    hub.models[WEIGHTS] = {"lm_512.pth": b"not a torch file"}
+    hub.models[TOKENIZER] = published_tokenizer
+
+    assert_one_line_error(download("lm"), "out/lm_512.pth")
+
+
+def test_own_weights_are_never_overwritten(hub, download, tmp_path, published_tokenizer):
+    hub.models[WEIGHTS] = {"lm_512.pth": b"published"}
+    hub.models[TOKENIZER] = published_tokenizer
+    own = tmp_path / "out/lm_512.pth"
+    own.parent.mkdir()
+    own.write_bytes(b"my weights")
+
+    result = download("lm")
+
+    assert_one_line_error(result, "out/lm_512.pth", "move it away")
+    assert own.read_bytes() == b"my weights"
+    assert not hub.fetched()
+
+
+# --- dataset
+
+
+def zip_of(files: dict[str, bytes], links: dict[str, str] | None = None) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+        for name, target in (links or {}).items():
+            info = zipfile.ZipInfo(name)
+            info.external_attr = (stat.S_IFLNK | 0o777) << 16
+            archive.writestr(info, target)
+    return buffer.getvalue()
+
+
+def tar_of(files: dict[str, bytes], links: dict[str, str] | None = None) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+        for name, target in (links or {}).items():
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = tarfile.SYMTYPE, target
+            archive.addfile(info)
+    return buffer.getvalue()
+
+
+def test_dataset_is_extracted_once_and_archives_are_deleted(hub, download, tmp_path):
+    hub.datasets[DATASET] = {
+        "README.md": b"not needed",
+        "pretrain_data.jsonl": b"{}\n",
+        "pretrain_images.zip": zip_of({"pretrain_images/a.jpg": b"a", "pretrain_images/b/c.jpg": b"c"}),
+        "sft_images.zip": zip_of({"d.jpg": b"d"}),  # without a folder of its own
+        "eval_images.tar.gz": tar_of({"eval_images/e.jpg": b"e"}),
+    }
+
+    first = download("dataset")
+    fetched = hub.fetched()
+    second = download("dataset")
+
+    assert first.returncode == 0, first.stderr
+    assert second.returncode == 0, second.stderr
+    names = ["eval_images.tar.gz", "pretrain_data.jsonl", "pretrain_images.zip", "sft_images.zip"]
+    assert sorted(fetched) == names
+    assert hub.fetched() == fetched
+    assert "nothing to download" in second.stdout
+    assert "dataset/sft_images is up to date, skipped" in second.stdout
+    assert "deleted the archive" in first.stdout
+    folder = tmp_path / "dataset"
+    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix in {".jpg", ".jsonl"}}
+    pictures = {"pretrain_images/a.jpg", "pretrain_images/b/c.jpg", "sft_images/d.jpg", "eval_images/e.jpg"}
+    assert found == {"pretrain_data.jsonl"} | pictures
+    top = sorted(path.name for path in folder.iterdir())
+    assert top == ["eval_images", "pretrain_data.jsonl", "pretrain_images", "sft_images"]
+
+
+def test_newer_archive_replaces_what_was_extracted_before(hub, download, tmp_path):
+    hub.datasets[DATASET] = {"sft_images.zip": zip_of({"old.jpg": b"1"})}
+    assert download("dataset").returncode == 0
+    hub.datasets[DATASET] = {"sft_images.zip": zip_of({"new.jpg": b"2"})}
+
+    result = download("dataset")
+
+    assert result.returncode == 0, result.stderr
+    assert [path.name for path in (tmp_path / "dataset/sft_images").glob("*.jpg")] == ["new.jpg"]
+
+
+def test_pictures_extracted_by_hand_are_left_alone(hub, download, tmp_path):
+    hub.datasets[DATASET] = {"sft_images.zip": zip_of({"a.jpg": b"1"})}
+    own = tmp_path / "dataset/sft_images/mine.jpg"
+    own.parent.mkdir(parents=True)
+    own.write_bytes(b"mine")
+
+    result = download("dataset")
+
+    assert result.returncode == 0, result.stderr
+    assert "not extracted by this script, skipped" in result.stdout
+    assert [path.name for path in own.parent.iterdir()] == ["mine.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("name", "archive", "problem"),
+    [
+        ("evil.zip", zip_of({"ok.jpg": b"1", "../../escaped": b"2"}), "leaves the folder"),
+        ("evil.zip", zip_of({"ok.jpg": b"1", "/tmp/minimind_escaped": b"2"}), "leaves the folder"),
+        ("evil.zip", zip_of({"ok.jpg": b"1", "a\\..\\..\\escaped": b"2"}), "leaves the folder"),
+        ("evil.zip", zip_of({"ok.jpg": b"1"}, links={"link": "/etc"}), "is a link"),
+        ("evil.tar.gz", tar_of({"ok.jpg": b"1", "../../escaped": b"2"}), "leaves the folder"),
+        ("evil.tar.gz", tar_of({"ok.jpg": b"1"}, links={"link": "/etc"}), "is a link"),
+        ("evil.zip", b"no archive at all", "cannot be extracted"),
+    ],
+    ids=[
+        "zip-traversal",
+        "zip-absolute",
+        "zip-backslash",
+        "zip-symlink",
+        "tar-traversal",
+        "tar-symlink",
+        "garbage",
+    ],
+)
+def test_malicious_archive_is_refused_as_a_whole(hub, download, tmp_path, name, archive, problem):
+    hub.datasets[DATASET] = {name: archive}
+
+    result = download("dataset")
+
+    assert_one_line_error(result, f"dataset/{name}", problem)
+    files = {path.name for path in tmp_path.rglob("*") if path.is_file() and "hf_home" not in path.parts}
+    assert files == {name}
+    assert not (tmp_path / "dataset/evil").exists()
+    assert not Path("/tmp/minimind_escaped").exists()
+
+
+def test_archive_larger_than_the_free_disk_is_not_extracted(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("download", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "download", script)
+    spec.loader.exec_module(script)
+    archive = tmp_path / "bomb.zip"
+    archive.write_bytes(zip_of({"zeros.jpg": bytes(1_000_000)}))
+    usage = type("Usage", (), {"free": 999_999})()
+    monkeypatch.setattr(script.shutil, "disk_usage", lambda _: usage)
+
+    with pytest.raises(OSError, match=r"unpacks to 1\.00MB"):
+        script.extract(archive, tmp_path / "bomb")
+
+    assert not (tmp_path / "bomb").exists()
+
+
+# --- interruptions, space, errors
+
+
+@pytest.fixture(scope="module")
+def long_file() -> bytes:
+    return random.Random(0).randbytes(PIECE + 2_000_000)
+
+
+def test_cut_connection_is_resumed_within_the_run(hub, download, tmp_path, long_file):
+    hub.datasets[DATASET] = {"sft_data.jsonl": long_file}
+    hub.cut_once["sft_data.jsonl"] = PIECE + 1_000_000
+
+    result = download("dataset")
+
+    assert result.returncode == 0, result.stderr
+    assert hub.ranges("sft_data.jsonl") == [None, f"bytes={PIECE}-"]
+    assert (tmp_path / "dataset/sft_data.jsonl").read_bytes() == long_file
+
+
+def test_ctrl_c_keeps_the_partial_file_and_a_rerun_resumes(hub, download, tmp_path, long_file):
+    hub.datasets[DATASET] = {"sft_data.jsonl": long_file}
+    hub.stall_once["sft_data.jsonl"] = PIECE + 1_000_000
+    folder = tmp_path / "dataset"
+
+    with start(tmp_path, hub.endpoint, "dataset", HF_HUB_DOWNLOAD_TIMEOUT="60") as process:
+        deadline = time.monotonic() + 60
+        while not any(path.stat().st_size >= PIECE for path in folder.glob("*.part")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+    assert [path.stat().st_size for path in folder.iterdir()] == [PIECE]
+    result = download("dataset")
+    assert result.returncode == 0, result.stderr
+    assert "10.5MB already here" in result.stdout
+    assert hub.ranges("sft_data.jsonl") == [None, f"bytes={PIECE}-"]
+    assert [path.name for path in folder.iterdir()] == ["sft_data.jsonl"]
+    assert (folder / "sft_data.jsonl").read_bytes() == long_file
+
+
+def test_damaged_content_is_removed(hub, download, tmp_path):
+    hub.datasets[DATASET] = {"sft_data.jsonl": b"{}\n"}
+    hub.damaged.add("sft_data.jsonl")
+
+    result = download("dataset")
+
+    assert_one_line_error(result, "sft_data.jsonl", "arrived damaged")
+    assert not list((tmp_path / "dataset").iterdir())
+
+
+def test_too_little_disk_space_stops_before_the_first_byte(hub, download, tmp_path):
+    hub.models[CLIP] = clip_repository("model.safetensors")
+    hub.datasets[DATASET] = {"sft_images.zip": zip_of({"a.jpg": b"1"})}
+    hub.claimed_sizes["sft_images.zip"] = 3 * 10**15
+
+    result = download("clip", "dataset")
+
+    assert_one_line_error(result, "not enough space", "6.00PB needed")
+    assert "dataset: " in result.stdout and "3.00PB to download" in result.stdout
+    assert not hub.fetched()
+    assert not (tmp_path / "dataset").exists()
+
+
+def test_missing_repository_is_one_line_with_the_endpoint(hub, download):
+    assert_one_line_error(download("clip"), hub.endpoint, "answered 404", CLIP, "HF_ENDPOINT")
+
+
+def test_gated_repository_asks_for_a_token(hub, download):
+    hub.datasets[DATASET] = {"sft_data.jsonl": b"{}\n"}
+    hub.gated.add(DATASET)
+
+    assert_one_line_error(download("dataset"), hub.endpoint, "gated", "HF_TOKEN")
+
+
+def test_no_server_is_one_line_with_the_endpoint(download):
+    result = download("lm", HF_ENDPOINT="http://127.0.0.1:9")
+
+    assert_one_line_error(result, "cannot reach http://127.0.0.1:9", "HF_ENDPOINT")
+
+
+def test_missing_file_names_the_repository(hub, download, published_tokenizer):
+    hub.models[WEIGHTS] = {"README.md": b""}
+    hub.models[TOKENIZER] = published_tokenizer
+
+    assert_one_line_error(download("vlm"), WEIGHTS, "_vlm_512")
+
+
+def test_token_goes_to_the_hub_and_not_to_its_cdn(hub, download):
+    hub.datasets[DATASET] = {"sft_data.jsonl": b"{}\n"}
+
+    result = download("dataset", HF_TOKEN="hf_secret")
+
+    assert result.returncode == 0, result.stderr
+    sent = {request.path.split("/")[1]: request.authorization for request in hub.requests}
+    assert sent == {"api": "Bearer hf_secret", "datasets": "Bearer hf_secret", "cdn": None}
+
+
+def test_unknown_name_is_a_usage_error(download):
+    result = download("clips")
+
+    assert result.returncode == 2
+    assert "invalid choice: 'clips'" in result.stderr
