@@ -128,7 +128,7 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         `labels` are `(B, T)`, unshifted, -100 where nothing is learnt; `loss` is then the mean over
         supervised tokens, 0 if there are none. Two of `args` matter, both with `labels`: `num_items_in_batch`
         divides the summed loss instead of this call's own count (for gradient accumulation and several
-        ranks), and `skip_logits=True` leaves `logits` None, which saves the memory of all unsupervised tokens.
+        ranks), and `skip_logits=True` leaves `logits` None, which saves the memory of unsupervised tokens.
         """
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
