@@ -39,16 +39,13 @@ def load_rows(paths: list[Path], images_path: Path | None = None) -> Dataset:
         stamps.append([str(path.resolve()), path.stat().st_mtime_ns, path.stat().st_size])
     root = str(images_path.resolve()) if images_path else ""
     try:
-        table = Dataset.from_generator(
+        return Dataset.from_generator(
             _read, features=FEATURES, gen_kwargs={"stamps": stamps, "images_root": root}
         )
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, DataError):
             raise error.__cause__ from None
         raise
-    if not len(table):
-        raise DataError(f"{', '.join(map(str, paths))}: no rows")
-    return table
 
 
 def resolve_image(image: str, images_root: str) -> str:
@@ -57,6 +54,7 @@ def resolve_image(image: str, images_root: str) -> str:
 
 def _read(stamps: list[list], images_root: str) -> Iterator[dict]:
     known: set[str] = set()
+    empty = True
     for path, *_ in stamps:
         for where, row in _raw_rows(Path(path)):
             clean = normalise_row(row, where)
@@ -65,7 +63,10 @@ def _read(stamps: list[list], images_root: str) -> Iterator[dict]:
                     if not Path(resolve_image(image, images_root)).is_file():
                         raise DataError(f"{where}: image {image!r} not found below {images_root or '.'!r}")
                     known.add(image)
+            empty = False
             yield clean
+    if empty:
+        raise DataError(f"{', '.join(path for path, *_ in stamps)}: no rows")
 
 
 def _raw_rows(path: Path) -> Iterator[tuple[str, dict]]:

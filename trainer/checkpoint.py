@@ -113,7 +113,8 @@ def load_weights_file(path: Path) -> tuple[dict[str, torch.Tensor], Sidecar]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever torch raises for a damaged file
-        raise UserError(f"{path}: not a readable .pth file ({str(error).splitlines()[0]})") from None
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise UserError(f"{path}: not a readable .pth file ({reason})") from None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{path}: expected a state dict of tensors, found {type(state).__name__}")
     sidecar_path = path.with_suffix(".json")

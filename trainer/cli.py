@@ -47,7 +47,7 @@ def parse_flags(flags: type[Flags], description: str) -> Flags:
 def run_main(main: Callable[[], int | None]) -> None:
     """Runs an entry point and ends the process with its exit code; a user's mistake is one line on stderr."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
-    for noisy in ("httpx", "httpcore", "datasets"):
+    for noisy in ("httpx", "httpx2", "datasets"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         code = main()

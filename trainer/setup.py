@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from safetensors import SafetensorError
+from transformers import AutoImageProcessor, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.model_vlm import MiniMindVLM, VLMConfig, load_weights
@@ -22,7 +23,8 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     if not Path(path).is_dir():
         raise UserError(f"--tokenizer_path {path}: no such folder")
     with user_errors(f"--tokenizer_path {path}"):
-        return AutoTokenizer.from_pretrained(path)
+        # AutoTokenizer would ask whether to run the code in an exported folder.
+        return PreTrainedTokenizerFast.from_pretrained(path)
 
 
 def build_vlm(
@@ -54,13 +56,9 @@ def load_vlm(
     `weight` is a `.pth`, the name of one in `out/`, or an exported folder, which holds encoder and tokenizer.
     For a `.pth` these come from its sidecar unless given. UserError if something is missing or does not fit.
     """
-    path = Path(weight)
+    path = find_weight(weight)
     if path.is_dir():
-        with user_errors(str(path)):
-            model = MiniMindVLM.from_pretrained(path, dtype=torch.float32)
-            return model.eval(), MiniMindVLMProcessor.from_pretrained(path, backend="pil")
-    if not path.is_file() and (named := Path("out") / f"{path.name.removesuffix('.pth')}.pth").is_file():
-        path = named
+        return load_export(path)
     state, sidecar = load_weights_file(path)
     trained = {part: sidecar.get(part) or {} for part in ("tokenizer", "encoder")}
     tokenizer = load_tokenizer(tokenizer_path or trained["tokenizer"].get("path") or DEFAULT_TOKENIZER)
@@ -72,6 +70,32 @@ def load_vlm(
     with user_errors(str(path)):
         load_weights(model, state)
     return model.eval(), processor
+
+
+def find_weight(weight: str) -> Path:
+    """A path as it is; the name of a `.pth` in `out/` as the path of that."""
+    path = Path(weight)
+    named = Path("out") / f"{path.name.removesuffix('.pth')}.pth"
+    return named if not path.exists() and named.is_file() else path
+
+
+def load_export(folder: Path) -> tuple[MiniMindVLM, MiniMindVLMProcessor]:
+    """An exported folder's model (fp32, eval mode) and processor, by our code: none of the folder's runs."""
+    with user_errors(str(folder)):
+        try:
+            model, report = MiniMindVLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        except (
+            RuntimeError,
+            SafetensorError,
+        ) as error:  # sizes that differ from the config's, a damaged file
+            raise ValueError(str(error)) from error
+        if missing := report["missing_keys"]:  # the library would go on with random weights
+            raise ValueError(f"{len(missing)} weights are missing, {min(missing)} among them")
+        image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    tokens = len(model.config.image_ids)
+    return model.eval(), MiniMindVLMProcessor(
+        image_processor, load_tokenizer(str(folder)), tokens_per_image=tokens
+    )
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

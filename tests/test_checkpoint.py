@@ -1,0 +1,180 @@
+"""Weights on disk: format, atomic writing, sidecar, and what is refused."""
+
+import errno
+import json
+
+import pytest
+import torch
+from conftest import ROOT, TINY_ENCODER
+
+from model.model_vlm import MiniMindVLM, VLMConfig
+from trainer.checkpoint import (
+    config_from_shapes,
+    describe,
+    describe_published_weights,
+    load_weights_file,
+    save_weights,
+    tokenizer_fingerprint,
+    weight_name,
+    write_atomically,
+)
+from trainer.cli import UserError
+from trainer.setup import build_vlm, load_base, load_tokenizer, load_vlm
+
+SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@pytest.fixture
+def saved(tmp_path, tokenizer):
+    """A tiny model with random weights, saved; returns model and path."""
+    model, _ = build_vlm(SIZES, str(TINY_ENCODER), tokenizer)
+    path = tmp_path / "sft_vlm_64.pth"
+    arguments = {"vision_model_path": str(TINY_ENCODER)}
+    save_weights(path, model, describe(model, tokenizer, "sft_vlm", 7, arguments))
+    return model, path
+
+
+def test_names_are_the_published_ones():
+    assert weight_name("pretrain_vlm", 512, False) == "pretrain_vlm_512.pth"
+    assert weight_name("sft_vlm", 768, True) == "sft_vlm_768_moe.pth"
+
+
+def test_file_is_fp16_without_encoder(saved):
+    model, path = saved
+    state = torch.load(path, weights_only=True)
+    expected = {key for key in model.state_dict() if not key.startswith("vision_encoder.")}
+    assert state.keys() == expected and "lm_head.weight" in expected
+    assert {tensor.dtype for tensor in state.values()} == {torch.float16}
+    assert torch.equal(state["model.norm.weight"], model.model.norm.weight.half())
+    assert state["lm_head.weight"].data_ptr() == state["model.embed_tokens.weight"].data_ptr()
+
+
+def test_equal_weights_are_equal_bytes_under_any_name(saved, tokenizer):
+    model, path = saved
+    other = path.with_name("other_name.pth")
+    save_weights(other, model, {})
+    assert other.read_bytes() == path.read_bytes()
+
+
+def test_loading_for_inference_needs_nothing_but_the_path(saved):
+    model, path = saved
+    loaded, processor = load_vlm(str(path))
+    assert loaded.config.num_attention_heads == 4 and processor.tokens_per_image == 196
+    assert torch.equal(
+        loaded.vision_proj.vision_proj[0].bias, model.vision_proj.vision_proj[0].bias.half().float()
+    )
+    assert not loaded.training
+
+
+def test_sidecar_says_what_the_tensors_cannot(saved, tokenizer):
+    _, path = saved
+    sidecar = json.loads(path.with_suffix(".json").read_text())
+    assert sidecar["stage"] == "sft_vlm" and sidecar["step"] == 7
+    assert sidecar["config"]["num_attention_heads"] == 4
+    assert sidecar["tokenizer"]["fingerprint"] == tokenizer_fingerprint(tokenizer)
+    assert sidecar["encoder"]["config"]["hidden_size"] == 64
+    assert sidecar["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("name", ["dense", "moe"])
+def test_sizes_of_a_bare_file_are_read_off_its_tensors(name):
+    path = ROOT / f"tests/golden/{name}.pth"
+    state = torch.load(path, weights_only=True)
+    golden = torch.load(ROOT / f"tests/golden/{name}_golden.pt", weights_only=True)["config"]
+    found = config_from_shapes(state, path)
+    wanted = VLMConfig(**golden)
+    assert {k: getattr(wanted, k) for k in found} == found
+
+
+def test_published_weights_get_a_sidecar(tmp_path, tokenizer):
+    path = tmp_path / "lm_64.pth"
+    path.write_bytes((ROOT / "tests/golden/dense.pth").read_bytes())
+    sidecar = json.loads(describe_published_weights(path, ROOT / "model/tokenizer", "lm").read_text())
+    assert sidecar["tokenizer"]["fingerprint"] == tokenizer_fingerprint(tokenizer)
+    assert sidecar["config"]["hidden_size"] == VLMConfig(**sidecar["config"]).hidden_size
+
+
+def test_weights_of_another_size_are_refused(saved, tokenizer):
+    _, path = saved
+    other, _ = build_vlm(SIZES | {"num_hidden_layers": 3}, str(TINY_ENCODER), tokenizer)
+    with pytest.raises(UserError, match=r"does not fit the flags: it has num_hidden_layers 2 \(flag: 3\)"):
+        load_base(other, path, tokenizer)
+    heads, _ = build_vlm(
+        SIZES | {"num_attention_heads": 8, "num_key_value_heads": 4}, str(TINY_ENCODER), tokenizer
+    )
+    with pytest.raises(UserError, match=r"num_attention_heads 4 \(flag: 8\)"):
+        load_base(heads, path, tokenizer)
+
+
+def test_another_tokenizer_is_refused(saved, tmp_path):
+    model, path = saved
+    folder = tmp_path / "other_tokenizer"
+    folder.mkdir()
+    for file in (ROOT / "model/tokenizer").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    parts = json.loads((folder / "tokenizer.json").read_text())
+    parts["model"]["merges"] = parts["model"]["merges"][:-1]
+    (folder / "tokenizer.json").write_text(json.dumps(parts))
+    with pytest.raises(UserError, match=r"was trained with another tokenizer .*give --tokenizer_path"):
+        load_base(model, path, load_tokenizer(str(folder)))
+    with pytest.raises(UserError, match="another tokenizer"):
+        load_vlm(str(path), tokenizer_path=str(folder))
+
+
+def test_a_bare_file_gets_a_warning_about_its_tokenizer(saved, tokenizer, caplog):
+    model, path = saved
+    path.with_suffix(".json").unlink()
+    load_base(model, path, tokenizer)
+    assert "its tokenizer cannot be checked" in caplog.text
+    caplog.clear()
+    load_base(model, path, tokenizer, tokenizer_asked=True)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", None], ids=["empty", "text", "cut"])
+def test_damaged_files_are_named(saved, content):
+    _, path = saved
+    path.write_bytes(path.read_bytes()[:5000] if content is None else content)
+    with pytest.raises(UserError, match=r"sft_vlm_64.pth: not a readable .pth file"):
+        load_weights_file(path)
+
+
+def test_a_missing_key_is_named(saved, tokenizer):
+    model, path = saved
+    state, _ = load_weights_file(path)
+    del state["model.norm.weight"]
+    with path.open("wb") as file:
+        torch.save(state, file)
+    with pytest.raises(UserError, match=r"model\.norm\.weight"):
+        load_base(model, path, tokenizer)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "weights.pth"
+    path.write_bytes(b"old")
+
+    def fill_the_disk(file) -> None:
+        file.write(b"new")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(UserError, match=r"No space left on device; the previous weights.pth is intact"):
+        write_atomically(path, fill_the_disk)
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_encoder_that_is_not_there_or_not_one_is_named(tmp_path, tokenizer):
+    with pytest.raises(UserError, match=r"python scripts/download.py clip"):
+        build_vlm(SIZES, str(tmp_path / "clip"), tokenizer)
+    with pytest.raises(UserError, match="not a vision encoder"):
+        build_vlm(SIZES, str(ROOT / "model/tokenizer"), tokenizer)
+
+
+def test_projection_is_fresh_when_the_base_is_a_language_model(saved, tokenizer):
+    model, path = saved
+    state, _ = load_weights_file(path)
+    with path.open("wb") as file:
+        torch.save({k: v for k, v in state.items() if not k.startswith("vision_proj.")}, file)
+    before = model.vision_proj.vision_proj[0].weight.clone()
+    load_base(model, path, tokenizer)
+    assert torch.equal(model.vision_proj.vision_proj[0].weight, before)
+    assert isinstance(model, MiniMindVLM)

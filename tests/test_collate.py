@@ -1,0 +1,99 @@
+"""Which rows go together, and what a batch holds."""
+
+import numpy as np
+import pytest
+from conftest import write_rows
+
+from dataset.collate import StepDataset, StepSampler
+from dataset.errors import DataError
+from dataset.vlm_dataset import VLMDataset
+from model.processing_vlm import IGNORE_INDEX
+
+LENGTHS = np.random.default_rng(0).integers(10, 500, 1003)
+
+
+def rows_of_steps(
+    batch_size: int, accumulation_steps: int, world_size: int, epoch: int = 0
+) -> list[set[int]]:
+    """The rows of each step, of all ranks together."""
+    ranks = []
+    for rank in range(world_size):
+        sampler = StepSampler(LENGTHS, batch_size, accumulation_steps, rank, world_size, seed=3)
+        sampler.set_epoch(epoch)
+        ranks.append(list(sampler))
+        assert len(ranks[-1]) == len(sampler)
+    assert all(len(set(map(len, step))) == 1 for step in zip(*ranks, strict=True)), "ranks out of step"
+    return [
+        {row for rank in step for micro in rank for row in micro if row >= 0}
+        for step in zip(*ranks, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("batch", "accumulation", "world"), [(8, 1, 1), (4, 2, 1), (4, 1, 2), (2, 2, 2), (3, 1, 1)]
+)
+def test_every_row_comes_once_an_epoch(batch, accumulation, world):
+    steps = rows_of_steps(batch, accumulation, world)
+    assert sum(map(len, steps)) == len(LENGTHS)
+    assert set().union(*steps) == set(range(len(LENGTHS)))
+
+
+@pytest.mark.parametrize(("batch", "accumulation", "world"), [(4, 2, 1), (4, 1, 2), (2, 2, 2), (1, 8, 1)])
+def test_steps_do_not_depend_on_how_they_are_split(batch, accumulation, world):
+    assert rows_of_steps(batch, accumulation, world) == rows_of_steps(8, 1, 1)
+
+
+def test_epochs_differ_and_repeat():
+    assert rows_of_steps(8, 1, 1, epoch=0) != rows_of_steps(8, 1, 1, epoch=1)
+    assert rows_of_steps(8, 1, 1, epoch=1) == rows_of_steps(8, 1, 1, epoch=1)
+
+
+def test_padding_is_small():
+    steps = [sorted(LENGTHS[list(step)]) for step in rows_of_steps(8, 1, 1)]
+    padded = sum(lengths[-1] * len(lengths) for lengths in steps)
+    assert 1 - LENGTHS.sum() / padded < 0.05
+
+
+def test_a_rank_without_a_row_gets_one_without_weight():
+    samplers = [StepSampler(np.ones(5), 2, 1, rank, 2, shuffle=False) for rank in range(2)]
+    assert [list(sampler)[-1] for sampler in samplers] == [[[4]], [[-5]]]
+
+
+def test_batches_are_padded_to_their_longest_row(data, processor):
+    steps = StepDataset(VLMDataset([data / "dialogues.jsonl"], processor, 512, data / "images"), 0)
+    (batch,) = steps[[[0, 1, 2]]]
+    lengths = batch["attention_mask"].sum(1)
+    assert batch["input_ids"].shape == (3, int(lengths.max()))
+    assert batch["tokens"] == int(lengths.sum()) and batch["rows"] == 3
+    assert batch["supervised_tokens"] == int((batch["labels"] != IGNORE_INDEX).sum())
+    assert batch["image_counts"].tolist() == [0, 1, 2] and batch["pixel_values"].shape[:2] == (3, 2)
+    assert (batch["labels"][batch["attention_mask"] == 0] == IGNORE_INDEX).all()
+
+
+def test_rows_with_nothing_to_learn_are_left_out_and_counted(data, processor):
+    long = {"role": "user", "content": "word " * 60}
+    write_rows(
+        data / "mixed.jsonl",
+        [{"conversations": [long, {"role": "assistant", "content": "x"}]}, {"text": "short"}],
+    )
+    steps = StepDataset(VLMDataset([data / "mixed.jsonl"], processor, 40), 0)
+    (batch,) = steps[[[0, 1]]]
+    assert (batch["rows"], batch["skipped_rows"], len(batch["input_ids"])) == (1, 1, 1)
+    (only_skipped,) = steps[[[0]]]
+    assert (only_skipped["rows"], only_skipped["skipped_rows"], only_skipped["supervised_tokens"]) == (
+        0,
+        1,
+        0,
+    )
+    (without_weight,) = steps[[[-2]]]
+    assert (without_weight["rows"], without_weight["skipped_rows"], without_weight["supervised_tokens"]) == (
+        0,
+        0,
+        0,
+    )
+
+
+def test_a_bad_row_is_returned_not_raised(data, processor):
+    steps = StepDataset(VLMDataset([data / "captions.jsonl"], processor, 512, data / "images"), 0)
+    (data / "images/0.png").unlink()
+    assert isinstance(steps[[[0]]], DataError)

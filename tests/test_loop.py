@@ -1,0 +1,104 @@
+"""The loop's arithmetic: one global batch has one gradient, however it is split."""
+
+import math
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from dataset.collate import StepDataset
+from dataset.vlm_dataset import VLMDataset
+from model.model_vlm import MiniMindVLM, VLMConfig
+from model.processing_vlm import MiniMindVLMProcessor
+from trainer.arguments import TrainingFlags
+from trainer.distributed import Runtime
+from trainer.loop import backward, count, learning_rate, planned_steps
+from trainer.setup import set_trainable
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def tiny_model(encoder, **config) -> MiniMindVLM:
+    torch.manual_seed(0)
+    return MiniMindVLM(VLMConfig(**SIZES, **config), encoder).train()
+
+
+def gradients(model: MiniMindVLM, micro_batches: list[dict]) -> dict[str, torch.Tensor]:
+    run = Runtime(torch.device("cpu"))
+    model.zero_grad()
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    backward(model, micro_batches, count(micro_batches, run), nullcontext(), scaler, run)
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("config", [{}, {"use_moe": True, "seq_aux": True}], ids=["dense", "moe"])
+def test_accumulation_gives_the_gradient_of_the_whole_batch(data, processor, config):
+    from conftest import TINY_ENCODER
+
+    model = tiny_model(TINY_ENCODER, **config)
+    set_trainable(model, "proj_llm")
+    full = MiniMindVLMProcessor(processor.image_processor, processor.tokenizer, tokens_per_image=196)
+    steps = StepDataset(VLMDataset([data / "dialogues.jsonl"], full, 1024, data / "images"), 0)
+    whole = gradients(model, steps[[list(range(8))]])
+    halves = gradients(model, steps[[[0, 3, 6, 5], [1, 2, 4, 7]]])  # unequal numbers of supervised tokens
+    assert whole.keys() == halves.keys()
+    worst = max(float((whole[name] - halves[name]).abs().max()) for name in whole)
+    assert worst < 1e-5
+    assert max(float(grad.abs().max()) for grad in whole.values()) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("trainable", "learns"),
+    [
+        ("proj", ["vision_proj."]),
+        ("proj_last", ["vision_proj.", "model.layers.1."]),
+        ("proj_attn", ["vision_proj.", *(f"layers.{i}.self_attn.{x}_proj" for i in (0, 1) for x in "qkvo")]),
+        ("proj_llm", ["vision_proj.", "model.", "lm_head."]),
+    ],
+)
+def test_trainable_sets(trainable, learns):
+    model = tiny_model(None)
+    set_trainable(model, trainable)
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == any(part in name for part in learns), name
+
+
+def test_encoder_never_learns():
+    from conftest import TINY_ENCODER
+
+    model = tiny_model(TINY_ENCODER)
+    set_trainable(model, "proj_llm")
+    assert not any(
+        p.requires_grad for name, p in model.named_parameters() if name.startswith("vision_encoder.")
+    )
+    assert not model.vision_encoder.training
+
+
+def test_schedule_warms_up_then_falls_to_a_tenth():
+    flags = TrainingFlags(data_path=["x"], learning_rate=1.0, warmup_iters=4)
+    rates = [learning_rate(step, 104, flags) for step in range(104)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and rates[4] == 1.0
+    assert rates[54] == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi / 2)))
+    assert rates[-1] == pytest.approx(0.1, abs=1e-3) and sorted(rates[4:], reverse=True) == rates[4:]
+
+
+def test_max_steps_cuts_epochs_short():
+    assert planned_steps(10, TrainingFlags(data_path=["x"], epochs=3)) == 30
+    assert planned_steps(10, TrainingFlags(data_path=["x"], epochs=3, max_steps=7)) == 7
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"batch_size": 0}, "--batch_size must be above 0, found 0"),
+        ({"max_steps": 0}, "--max_steps must be above 0"),
+        ({"learning_rate": -1.0}, "--learning_rate must be above 0"),
+        ({"num_workers": -1}, "--num_workers must not be negative"),
+        ({"hidden_size": 100}, "--hidden_size 100 is not a multiple of --num_attention_heads 8"),
+        ({"num_key_value_heads": 3}, "is not a multiple of --num_key_value_heads 3"),
+        ({"data_path": []}, "--data_path is needed"),
+    ],
+)
+def test_flags_that_make_no_sense_are_named(values, message):
+    with pytest.raises(ValueError, match=message):
+        TrainingFlags(**{"data_path": ["x"], **values})

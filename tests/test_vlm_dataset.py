@@ -1,0 +1,101 @@
+"""Samples: cutting long rows, pictures, rows without anything to learn."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_rows
+from PIL import Image
+
+from dataset.errors import DataError
+from dataset.vlm_dataset import VLMDataset, cut
+from model.processing_vlm import IGNORE_INDEX
+
+RUN = [34] * 4
+
+
+@pytest.mark.parametrize(
+    ("max_length", "left", "images"),
+    [
+        (20, 14, 2),
+        (14, 14, 2),
+        (13, 13, 2),
+        (12, 12, 2),
+        (11, 8, 1),
+        (8, 8, 1),
+        (6, 6, 1),
+        (5, 5, 1),
+        (4, 1, 0),
+        (1, 1, 0),
+    ],
+)
+def test_rows_are_cut_in_text_only(max_length, left, images):
+    row = [7, *RUN, 8, 9, 10, *RUN, 11, 12]
+    ids, labels, kept = cut(row, list(row), max_length, 2, RUN)
+    assert (ids, labels, kept) == (row[:left], row[:left], images)
+
+
+def test_cut_knows_a_lone_placeholder_from_an_image():
+    row = [34, 7, 34, 34, 7, *RUN, 8, 9, 9]
+    assert cut(row, row, 11, 1, RUN) == (row[:11], row[:11], 1)
+    assert cut(row, row, 8, 1, RUN) == (row[:5], row[:5], 0)
+
+
+def test_adjacent_images_are_cut_between():
+    row = [7, *RUN, *RUN, 8]
+    assert cut(row, row, 7, 2, RUN) == (row[:5], row[:5], 1)
+
+
+def test_sample_of_a_picture_row(data, processor):
+    samples = VLMDataset([data / "dialogues.jsonl"], processor, 512, data / "images")
+    sample = samples[2]
+    assert sample.pixel_values.shape == (2, 3, 224, 224)
+    assert sample.input_ids.count(34) == 8
+    picture = Image.open(data / "images/0.png").convert("RGB")
+    assert torch.equal(sample.pixel_values[1], processor.pixel_values([picture])[0])
+    assert samples[0].pixel_values is None
+
+
+def test_text_rows_learn_everything(data, processor):
+    sample = VLMDataset([data / "texts.jsonl"], processor, 512)[1]
+    assert sample.input_ids[0] == 1 and sample.input_ids[-1] == 2
+    assert sample.labels == sample.input_ids
+
+
+def test_a_row_cut_before_its_answer_has_nothing_to_learn(data, processor):
+    samples = VLMDataset([data / "captions.jsonl"], processor, 12, data / "images")
+    assert not samples[0].supervised
+    assert set(samples[0].labels) == {IGNORE_INDEX}
+    assert samples[0].pixel_values is None or samples[0].input_ids.count(34) == 4
+
+
+def test_lengths_are_close_to_the_real_ones(data, processor):
+    samples = VLMDataset([data / "dialogues.jsonl"], processor, 512, data / "images")
+    real = [len(samples[i].input_ids) for i in range(len(samples))]
+    assert np.corrcoef(samples.lengths(), real)[0, 1] > 0.8
+
+
+def test_unreadable_image_is_named(data, processor):
+    (data / "images/0.png").write_bytes(b"not a picture")
+    samples = VLMDataset([data / "captions.jsonl"], processor, 512, data / "images")
+    with pytest.raises(DataError, match=r"captions.jsonl:1: cannot read image .*0.png"):
+        samples[0]
+
+
+def test_an_image_that_vanishes_later_is_named(data, processor):
+    samples = VLMDataset([data / "captions.jsonl"], processor, 512, data / "images")
+    (data / "images/3.png").unlink()
+    with pytest.raises(DataError, match=r"captions.jsonl:4: cannot read image .*3.png"):
+        samples[3]
+
+
+def test_phone_pictures_are_turned_upright(data, processor):
+    picture = Image.new("RGB", (40, 20))
+    exif = picture.getexif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    picture.save(data / "images/turned.jpg", exif=exif)
+    row = {"image": "turned.jpg", "conversations": [{"role": "assistant", "content": "x"}]}
+    row["conversations"].insert(0, {"role": "user", "content": "?"})
+    from dataset.vlm_dataset import open_image
+
+    write_rows(data / "turned.jsonl", [row])
+    assert open_image(str(data / "images/turned.jpg"), "turned.jsonl:1").size == (20, 40)

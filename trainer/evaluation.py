@@ -1,0 +1,204 @@
+"""Questions about pictures -> a model's answers, and answers -> accuracy.
+
+Chat and scoring share how a question becomes input; printing and flags are eval_vlm.py's.
+Shapes: B questions, T tokens, I most images of a question, P tokens per image, W the encoder's width.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from PIL import Image
+from transformers import BatchFeature
+
+from dataset.errors import DataError
+from dataset.rows import resolve_image
+from dataset.vlm_dataset import open_image
+from model.model_vlm import MiniMindVLM
+from model.processing_vlm import IMAGE_MARKER, MiniMindVLMProcessor
+
+WINDOW = 16  # batches that are sorted by length together, and whose pictures are encoded once
+SPARE_TOKENS = 8  # beyond the expected answer's length: enough to see that an answer does not end there
+NO_KIND = "(none)"
+MID_GREY = (128, 128, 128)
+
+Features = dict[str, torch.Tensor]  # path of a picture -> (P, W)
+
+
+@dataclass
+class Question:
+    """`messages` that the assistant is to continue, and their pictures; `where` is for errors and reports."""
+
+    where: str
+    messages: list[dict[str, str]]
+    images: list[str]
+    kind: str = NO_KIND
+    expected: str = ""
+
+    @property
+    def text(self) -> str:
+        asked = next(turn["content"] for turn in reversed(self.messages) if turn["role"] == "user")
+        return asked.replace(IMAGE_MARKER, "").strip()
+
+
+def questions_of(rows: Dataset, images_path: str) -> list[Question]:
+    """Every assistant turn of every row is a question, asked after the row's own earlier turns."""
+    questions = []
+    for row in rows:
+        turns = [
+            {"role": role, "content": text} for role, text in zip(row["roles"], row["contents"], strict=True)
+        ]
+        images = [resolve_image(image, images_path) for image in row["images"]]
+        marked = any(IMAGE_MARKER in turn["content"] for turn in turns if turn["role"] == "user")
+        for number, turn in enumerate(turns):
+            before = turns[:number]
+            users = [earlier["content"] for earlier in before if earlier["role"] == "user"]
+            if turn["role"] != "assistant" or not users:  # without a user it was not asked
+                continue
+            seen = sum(text.count(IMAGE_MARKER) for text in users) if marked else len(images)
+            questions.append(
+                Question(row["where"], before, images[:seen], row["kind"] or NO_KIND, turn["content"].strip())
+            )
+    return questions
+
+
+def encode_pictures(
+    model: MiniMindVLM,
+    processor: MiniMindVLMProcessor,
+    questions: Sequence[Question],
+    batch_size: int = 1,
+    blank: bool = False,
+) -> Features:
+    """The encoder's features of every picture of `questions`, each encoded once, on the model's device.
+
+    With `blank`, a mid-grey picture of the same size takes the place of each. DataError for a picture that
+    cannot be read.
+    """
+    where = {image: question.where for question in questions for image in question.images}
+    features: Features = {}
+    for paths in chunks(list(where), batch_size):
+        pictures = [open_image(path, where[path]) for path in paths]
+        if blank:
+            pictures = [Image.new("RGB", picture.size, MID_GREY) for picture in pictures]
+        pixel_values = processor.pixel_values(pictures).to(model.device)  # (B, 3, H, W)
+        features |= zip(paths, model.get_image_embeddings(pixel_values, model.vision_encoder), strict=True)
+    return features
+
+
+def encode_question(processor: MiniMindVLMProcessor, question: Question) -> list[int]:
+    """Its prompt's token ids. DataError where `<image>` markers and pictures differ in number."""
+    try:
+        return processor.encode_prompt(question.messages, len(question.images))
+    except ValueError as error:
+        raise DataError(f"{question.where}: {error}") from None
+
+
+def prepare(
+    processor: MiniMindVLMProcessor, prompts: list[list[int]], images: list[list[str]], features: Features
+) -> BatchFeature:
+    """Arguments of `generate`: left-padded input_ids, attention_mask (B, T), image_features (B, I, P, W),
+    image_counts (B,)."""
+    inputs = processor.batch(prompts, [[] for _ in prompts])
+    counts = torch.tensor([len(paths) for paths in images])
+    if counts.any():
+        flat = torch.stack([features[path] for paths in images for path in paths])  # (sum of counts, P, W)
+        slots = flat.new_zeros(len(images), int(counts.max()), *flat.shape[1:])  # (B, I, P, W)
+        slots[torch.arange(slots.shape[1]) < counts[:, None]] = flat
+        inputs |= {"image_features": slots, "image_counts": counts}
+    return inputs
+
+
+def greedy_answers(
+    model: MiniMindVLM,
+    processor: MiniMindVLMProcessor,
+    questions: Sequence[Question],
+    batch_size: int,
+    blank: bool = False,
+) -> Iterator[tuple[int, str]]:
+    """`(index, answer)` of every question, batch by batch, in an order of its own.
+
+    An answer is cut SPARE_TOKENS after the expected one's length. It does not depend on `batch_size`.
+    """
+    tokenizer = processor.tokenizer
+    prompts = [encode_question(processor, question) for question in questions]
+    limits = [
+        len(tokenizer.encode(question.expected, add_special_tokens=False)) + SPARE_TOKENS
+        for question in questions
+    ]
+    for window in chunks(range(len(questions)), batch_size * WINDOW):
+        features = encode_pictures(model, processor, [questions[i] for i in window], batch_size, blank)
+        by_length = sorted(window, key=lambda i: (limits[i], len(prompts[i])))
+        for batch in chunks(by_length, batch_size):
+            inputs = prepare(
+                processor, [prompts[i] for i in batch], [questions[i].images for i in batch], features
+            ).to(model.device)
+            output = model.generate(
+                **inputs, do_sample=False, max_new_tokens=max(limits[i] for i in batch)
+            )  # (B, T + new)
+            new = output[:, inputs["input_ids"].shape[1] :].tolist()
+            for i, ids in zip(batch, new, strict=True):
+                yield i, tokenizer.decode(ids[: limits[i]], skip_special_tokens=True).strip()
+
+
+def score(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, Any]:
+    """Exact-match accuracy of stripped answers, and of the baseline that always gives a kind's most frequent
+    answer: accuracy, mean_over_kinds, n, by_kind, majority, questions."""
+    rows = [
+        {
+            "where": question.where,
+            "kind": question.kind,
+            "question": question.text,
+            "answer": answer.strip(),
+            "expected": question.expected,
+            "correct": answer.strip() == question.expected,
+            "images": question.images,
+        }
+        for question, answer in zip(questions, answers, strict=True)
+    ]
+    correct, expected = defaultdict(list), defaultdict(Counter)
+    for row in rows:
+        correct[row["kind"]].append(row["correct"])
+        expected[row["kind"]][row["expected"]] += 1
+    best = {kind: count.most_common(1)[0] for kind, count in expected.items()}
+    n = {kind: len(correct[kind]) for kind in sorted(correct)}
+    majority = {
+        kind: {"accuracy": best[kind][1] / n[kind], "n": n[kind], "answer": best[kind][0]} for kind in n
+    }
+    return {
+        **summary({kind: {"accuracy": sum(correct[kind]) / n[kind], "n": n[kind]} for kind in n}),
+        "majority": summary(majority),
+        "questions": rows,
+    }
+
+
+def summary(by_kind: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    total = sum(kind["n"] for kind in by_kind.values())
+    return {
+        "accuracy": sum(round(kind["accuracy"] * kind["n"]) for kind in by_kind.values()) / total,
+        "mean_over_kinds": sum(kind["accuracy"] for kind in by_kind.values()) / len(by_kind),
+        "n": total,
+        "by_kind": by_kind,
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    """A report's figures as aligned text, a line for each kind, then the mean over kinds and over all."""
+    majority = report["majority"]
+    lines = [
+        (name, kind["n"], kind["accuracy"], majority["by_kind"][name]["accuracy"])
+        for name, kind in report["by_kind"].items()
+    ]
+    lines.append(("mean of kinds", report["n"], report["mean_over_kinds"], majority["mean_over_kinds"]))
+    lines.append(("all questions", report["n"], report["accuracy"], majority["accuracy"]))
+    width = max(len(name) for name, *_ in lines)
+    head = f"{'kind':<{width}}  {'n':>6}  accuracy  majority"
+    return "\n".join(
+        [head, *(f"{name:<{width}}  {n:>6}  {right:>8.3f}  {most:>8.3f}" for name, n, right, most in lines)]
+    )
+
+
+def chunks(items: Sequence, size: int) -> Iterator[Sequence]:
+    return (items[start : start + size] for start in range(0, len(items), size))
