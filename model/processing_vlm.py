@@ -35,6 +35,11 @@ class MiniMindVLMProcessor(ProcessorMixin):
         else:
             super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """As transformers has it, with the same image processor whether or not torchvision is installed."""
+        return super().from_pretrained(pretrained_model_name_or_path, **{"backend": "pil", **kwargs})
+
     @property
     def model_input_names(self) -> list[str]:
         return ["input_ids", "attention_mask", "pixel_values", "image_counts"]
