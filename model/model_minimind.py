@@ -295,7 +295,7 @@ class Attention(nn.Module):
         query, key = rotate(query, *rope), rotate(key, *rope)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_index)  # (B, K, S, D)
-        is_causal = mask is None and T > 1
+        is_causal = T > 1 and mask is None  # in this order it is a bool also while torch.compile traces
         if is_causal and key.shape[2] > T:  # a static cache's free slots
             key, value = key[:, :, :T], value[:, :, :T]
         # GPU kernels that take a mask do not group heads; the fallback would hold all scores at once.

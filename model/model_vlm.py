@@ -214,17 +214,14 @@ class MiniMindVLM(MiniMindForCausalLM):
         image_counts: torch.LongTensor | None,
     ) -> tuple[torch.Tensor, torch.LongTensor]:
         """Encoder outputs of the real slots, row after row (images, P, W), and their number per row (B,)."""
-        images = image_features if image_features is not None else pixel_values
-        if image_features is None:
-            if images.dim() == 6:
-                images = images.squeeze(2)
-            if images.dim() == 4:
-                images = images.unsqueeze(1)
-        expected = 4 if image_features is not None else 5
-        if images.dim() != expected:
-            raise ValueError(
-                f"images have {images.dim()} dimensions, expected {expected}: {tuple(images.shape)}"
-            )
+        if image_features is not None:
+            images, layout = image_features, "(B, I, P, W)"
+        else:
+            images, layout = pixel_values, "(B, I, 3, H, W)"
+            images = images.squeeze(2) if images.dim() == 6 else images
+            images = images.unsqueeze(1) if images.dim() == 4 else images
+        if images.dim() != layout.count(",") + 1:
+            raise ValueError(f"images have shape {tuple(images.shape)}, expected {layout}")
         rows, slots = images.shape[:2]
         if image_counts is None:
             image_counts = torch.full((rows,), slots, device=images.device)
@@ -237,9 +234,7 @@ class MiniMindVLM(MiniMindForCausalLM):
             )
         real = torch.arange(slots, device=images.device) < image_counts[:, None]  # (B, I)
         images = images[real]  # (images, ...)
-        if image_features is None:
-            images = self._encode(images)
-        return images, image_counts
+        return images if image_features is not None else self._encode(images), image_counts
 
     def _encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
         if self.vision_encoder is None:

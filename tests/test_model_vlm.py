@@ -31,6 +31,8 @@ TINY = dict(
 )
 P = 196
 AT = 34
+# Tied, random weights repeat one token forever; without repetition every step depends on the whole ranking.
+GREEDY = dict(do_sample=False, eos_token_id=None, no_repeat_ngram_size=1, suppress_tokens=[0])
 close = dict(atol=1e-4, rtol=0)
 
 
@@ -204,7 +206,7 @@ def test_count_vision_proj(dense):
 def test_generation_of_a_mixed_batch_equals_row_by_row(vlm, cache):
     rows, pixel_values, counts = mixed_batch()
     ids, mask = pad(rows, "left")
-    options = dict(max_new_tokens=5, do_sample=False, eos_token_id=None)
+    options = dict(max_new_tokens=5, **GREEDY)
     how = dict(use_cache=False) if cache is False else dict(cache_implementation=cache)
     together = vlm.generate(
         ids, attention_mask=mask, pixel_values=pixel_values, image_counts=counts, **how, **options
@@ -220,7 +222,7 @@ def test_generation_of_a_mixed_batch_equals_row_by_row(vlm, cache):
 def test_beams_of_a_mixed_batch_equal_row_by_row(dense, options):
     rows, pixel_values, counts = mixed_batch()
     ids, mask = pad(rows, "left")
-    options = dict(max_new_tokens=4, do_sample=False, eos_token_id=None) | options
+    options = dict(max_new_tokens=4, **GREEDY) | options
     together = dense.generate(
         ids, attention_mask=mask, pixel_values=pixel_values, image_counts=counts, **options
     ).view(3, -1, ids.shape[1] + 4)
@@ -246,10 +248,19 @@ def test_sampling_repeats_with_the_seed_and_encodes_once(dense, monkeypatch):
     assert torch.equal(first, sample())
 
 
+def test_only_the_first_step_is_given_images(dense):
+    ids = torch.tensor([[50, *[AT] * P]])
+    images = dict(image_features=torch.zeros(1, 1, P, 64), image_counts=torch.tensor([1]))
+    prepare = dense.prepare_inputs_for_generation
+    assert images.keys() <= prepare(ids, is_first_iteration=True, use_cache=True, **images).keys()
+    assert images.keys() <= prepare(ids, is_first_iteration=False, use_cache=False, **images).keys()
+    assert not images.keys() & prepare(ids, is_first_iteration=False, use_cache=True, **images).keys()
+
+
 def test_generation_from_features(dense):
     row = [*text(1, 3), *[AT] * P, *text(2, 2)]
     images = random_images(1)
-    options = dict(max_new_tokens=4, do_sample=False, eos_token_id=None)
+    options = dict(max_new_tokens=4, **GREEDY)
     features = dense.get_image_embeddings(images, dense.vision_encoder)[None]
     assert torch.equal(
         dense.generate(torch.tensor([row]), image_features=features, **options),
