@@ -157,8 +157,8 @@ def wordfreq_texts(seed: int) -> Iterator[str]:
         from wordfreq import get_frequency_dict
     except ImportError:
         sys.exit(
-            "error: the package wordfreq is not installed: run `pip install wordfreq==3.1.1` (only this script"
-            " needs it), or give text of your own with --files"
+            "error: the package wordfreq is not installed: run `pip install wordfreq==3.1.1` (for this script"
+            " only), or give text of your own with --files"
         )
     rng = random.Random(seed)
     # The roles stand in every prompt, so they are worth a token each.
