@@ -1,8 +1,8 @@
 """Writes the demo's data: pictures, captions, dialogues, texts and two tests, in English and Chinese.
 
     python scripts/make_demo_data.py --out_dir out/demo/data
-Training and validation pictures and the test eval_seen.jsonl use the drawings of seven sets, eval_unseen.jsonl
-those of the held-out one. The same arguments give the same bytes; what is already there is not made again.
+eval_unseen.jsonl is about pictures made of the held-out set's drawings, everything else of the other seven.
+The same arguments give the same bytes; what is already there is not made again.
 """
 
 import argparse

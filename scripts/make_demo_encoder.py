@@ -11,6 +11,7 @@ import json
 import math
 import time
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -58,58 +59,34 @@ def train(args: argparse.Namespace) -> None:
     names = [concept["en"] for concept in world["concepts"]]
     held_out = [world["held_out_style"]]
     seen = [style for style in world["styles"] if style not in held_out]
-    pictures = Pictures(load_sprites(seen), names, args.batch_size, args.seed, augment=True)
+    pictures = Pictures(load_sprites(seen), names, args.batch_size, args.seed)
     tests = {
         "seen": test_pictures(load_sprites(seen), names, args.seed),
         "held_out": test_pictures(load_sprites(held_out), names, args.seed),
     }
-
     model = Namer(len(names) + 1)
     start_with_principal_components(model, pictures[-1][0])
-    average = Namer(len(names) + 1).requires_grad_(False)
+    average = Namer(len(names) + 1).requires_grad_(
+        False
+    )  # the running mean of the weights: what is scored and kept
     average.load_state_dict(model.state_dict())
-    hidden = [p for n, p in model.named_parameters() if "layers." in n and p.ndim == 2]
-    matrices = {id(parameter) for parameter in hidden}
-    others = [parameter for parameter in model.parameters() if id(parameter) not in matrices]
-    optimizers = [
-        Muon(hidden, lr=args.learning_rate, weight_decay=0.05),
-        torch.optim.AdamW(others, lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.05),
-    ]
-    first_step, seconds_before = 0, 0.0
-    if args.resume:
-        state = torch.load(args.resume, weights_only=True)
-        model.load_state_dict(state["model"])
-        average.load_state_dict(state["average"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        first_step, seconds_before = state["step"], state["seconds"]
+    optimizers = make_optimizers(model, args.learning_rate)
+    first_step, seconds_before = resume(args.resume, model, average, optimizers) if args.resume else (0, 0.0)
 
-    args.state_dir.mkdir(parents=True, exist_ok=True)
     # One worker composes the pictures; a step's pictures depend on the seed and the step alone.
-    loader = DataLoader(
-        pictures, batch_size=None, sampler=range(first_step, args.steps), num_workers=1, prefetch_factor=4
-    )
+    steps = range(first_step, args.steps)
+    loader = DataLoader(pictures, batch_size=None, sampler=steps, num_workers=1, prefetch_factor=4)
     started = time.monotonic()
     losses = []
-    for step, (images, labels) in enumerate(loader, first_step):
+    for step, (images, labels) in zip(steps, loader, strict=True):
         rate = min(1.0, (step + 1) / WARMUP_STEPS, (args.steps - step) / args.decay_steps)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = args.learning_rate * rate
-        patches = None
-        if step < args.steps - args.decay_steps:  # half of the patches, almost twice as fast; all at the end
-            patches = some_patches(labels, GRID * GRID // 2)
-            labels = labels.gather(1, patches)
-        logits = model(images, patches)  # (batch, patches, classes)
-        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=0.05)
-        loss.backward()
-        nn.utils.clip_grad_norm_(others, 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = args.learning_rate * rate
+        # Half of the patches, almost twice as fast, until the rate falls; then all.
+        patches = some_patches(labels, GRID * GRID // 2) if step < args.steps - args.decay_steps else None
+        losses.append(take_step(model, optimizers, images, labels, patches))
         decay = min(EMA_DECAY, (step + 1) / (step + 10))
         torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
-        losses.append(loss.item())
 
         done = step + 1
         seconds = seconds_before + time.monotonic() - started
@@ -118,17 +95,72 @@ def train(args: argparse.Namespace) -> None:
         if done % args.save_interval == 0 or done == args.steps:
             scores = {style: score(average, test) for style, test in tests.items()}
             print(f"step {done} {json.dumps(scores)}", flush=True)
-            state = {
-                "model": model.state_dict(),
-                "average": average.state_dict(),
-                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                "step": done,
-                "seconds": seconds,
-            }
-            torch.save(state, args.state_dir / "state.tmp")
-            (args.state_dir / "state.tmp").rename(args.state_dir / "state.pt")
+            save_state(args.state_dir, model, average, optimizers, done, seconds)
             folder = args.out if done == args.steps else args.state_dir / "latest"
             save(average, folder, record(args, average, done, seconds, scores))
+
+
+def make_optimizers(model: nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, AdamW for everything else."""
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        (matrices if "layers." in name and parameter.ndim == 2 else others).append(parameter)
+    return [
+        Muon(matrices, lr=learning_rate, weight_decay=0.05),
+        torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.05),
+    ]
+
+
+def take_step(
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    images: Tensor,
+    labels: Tensor,
+    patches: Tensor | None,
+) -> float:
+    """One update on these patches of these pictures (None: on all); returns the loss."""
+    labels = labels if patches is None else labels.gather(1, patches)
+    logits = model(images, patches)  # (batch, patches, classes)
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=0.05)
+    loss.backward()
+    for optimizer in optimizers:
+        if not isinstance(optimizer, Muon):  # its updates have a fixed size anyway
+            nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return loss.item()
+
+
+def save_state(
+    folder: Path,
+    model: nn.Module,
+    average: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    step: int,
+    seconds: float,
+) -> None:
+    state = {
+        "model": model.state_dict(),
+        "average": average.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "step": step,
+        "seconds": seconds,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(state, folder / "state.tmp")
+    (folder / "state.tmp").rename(folder / "state.pt")
+
+
+def resume(
+    path: Path, model: nn.Module, average: nn.Module, optimizers: list[torch.optim.Optimizer]
+) -> tuple[int, float]:
+    """Loads what `save_state` saved; returns steps and seconds so far."""
+    state = torch.load(path, weights_only=True)
+    model.load_state_dict(state["model"])
+    average.load_state_dict(state["average"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    return state["step"], state["seconds"]
 
 
 def record(args: argparse.Namespace, model: nn.Module, steps: int, seconds: float, scores: dict) -> dict:
@@ -218,8 +250,10 @@ def start_with_principal_components(model: Namer, images: Tensor) -> None:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024) in float32, equal shapes in one product; torch's own works in bfloat16, which is
-    slow on a CPU without it. Update sizes match AdamW's (0.2 * sqrt(longer side))."""
+    """Muon (Jordan et al. 2024) in float32, equal shapes in one product.
+
+    torch's own uses bfloat16, slow on many CPUs. Updates are as large as AdamW's: 0.2 * sqrt(longer side).
+    """
 
     def __init__(self, params: list[Tensor], lr: float, weight_decay: float, momentum: float = 0.95):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
@@ -258,18 +292,17 @@ def orthogonal(matrices: Tensor) -> Tensor:
 class Pictures(Dataset):
     """Batch `step` of pictures (B, 96, 96, 3) uint8 and patch labels (B, 36) int64, made when asked for."""
 
-    def __init__(self, sprites: Sprites, names: list[str], batch_size: int, seed: int, augment: bool):
-        self.sprites, self.batch_size, self.seed, self.augment = sprites, batch_size, seed, augment
+    def __init__(self, sprites: Sprites, names: list[str], batch_size: int, seed: int):
+        self.sprites, self.batch_size, self.seed = sprites, batch_size, seed
         self.classes = {name: index + 1 for index, name in enumerate(names)}
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
         rng = np.random.default_rng([self.seed, step + 1])
         images = np.empty((self.batch_size, PICTURE_SIZE, PICTURE_SIZE, 3), np.uint8)
         labels = np.empty((self.batch_size, GRID * GRID), np.int64)
-        change = (lambda drawing: varied(rng, drawing)) if self.augment else None
         for row in range(self.batch_size):
             scene = random_scene(rng, self.sprites, large=rng.random() < 0.5)
-            picture, masks = paint(rng, scene, self.sprites, change)
+            picture, masks = paint(rng, scene, self.sprites, partial(varied, rng))
             images[row] = np.asarray(picture)
             covers = np.stack([coverage(mask) for mask in masks])  # (things, patches)
             classes = np.array([self.classes[thing.name] for thing in scene])
