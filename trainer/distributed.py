@@ -86,11 +86,11 @@ def _device(name: str | None) -> torch.device:
         name = accelerator.type if accelerator else "cpu"
     try:
         device = torch.device(name)
-        if device.type == "cuda":
-            if device.index is None:
-                device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            torch.cuda.set_device(device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.empty(1, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
     return device

@@ -48,6 +48,8 @@ def questions_of(rows: Dataset, images_path: str) -> list[Question]:
     """Every assistant turn of every row is a question, asked after the row's own earlier turns."""
     questions = []
     for row in rows:
+        if not row["roles"]:  # plain text
+            continue
         turns = [
             {"role": role, "content": text} for role, text in zip(row["roles"], row["contents"], strict=True)
         ]

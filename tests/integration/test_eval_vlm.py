@@ -1,0 +1,310 @@
+"""eval_vlm.py as users run it, on a small model that has learnt by heart what it is asked."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY_ENCODER, write_rows
+from PIL import Image
+
+import eval_vlm
+from dataset.collate import collate
+from dataset.vlm_dataset import VLMDataset
+from trainer.checkpoint import describe, save_weights
+from trainer.cli import run_main
+from trainer.setup import build_vlm
+
+COLOURS = ("blue", "green", "red", "yellow")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """Four plain pictures, and eval.jsonl: colours, a follow-up, two pictures at once, a text question."""
+    folder = tmp_path_factory.mktemp("world")
+    (folder / "images").mkdir()
+    rows = []
+    for colour in COLOURS:
+        Image.new("RGB", (48, 40), colour).save(folder / f"images/{colour}.png")
+        turns = [("What colour is this?", f"It is {colour}."), ("And in one word?", colour)]
+        rows.append(row("colour", turns, f"{colour}.png"))
+    rows.append(row("two", [("Which colours?", "First red, then blue.")], "red.png, blue.png"))
+    rows.append(row("two", [("Which colours?", "First blue, then red.")], "blue.png, red.png"))
+    rows.append(row("", [("你好吗？", "我很好。")]))
+    write_rows(folder / "eval.jsonl", rows)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def weight(world, tokenizer) -> Path:
+    """A .pth with its sidecar that answers eval.jsonl rightly."""
+    torch.manual_seed(0)
+    config = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    model, processor = build_vlm(config, str(TINY_ENCODER), tokenizer)
+    samples = VLMDataset([world / "eval.jsonl"], processor, 1000, world / "images")
+    batch = collate([samples[i] for i in range(len(samples))], tokenizer.pad_token_id)
+    pixel_values = batch["pixel_values"]  # (B, I, 3, H, W)
+    features = model.get_image_embeddings(pixel_values.flatten(0, 1), model.vision_encoder)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels", "image_counts")}
+    inputs["image_features"] = features.unflatten(0, pixel_values.shape[:2])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=8e-3)
+    for _ in range(300):
+        loss = model(**inputs).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if loss < 0.02:
+            break
+    assert loss < 0.02, "the fixture did not learn its few rows"
+    path = world / "weights/sft_vlm_64.pth"
+    save_weights(
+        path, model, describe(model, tokenizer, "sft_vlm", 1, {"vision_model_path": str(TINY_ENCODER)})
+    )
+    return path
+
+
+def row(kind: str, turns: list[tuple[str, str]], image: str = "") -> dict:
+    roles = ("user", "assistant")
+    conversations = [
+        {"role": role, "content": text} for turn in turns for role, text in zip(roles, turn, strict=True)
+    ]
+    return {"image": image, "kind": kind, "conversations": conversations}
+
+
+def test_score_counts_what_the_model_gets_right(world, weight, run):
+    wrong = row("colour", [("What colour is this?", "It is pink.")], "red.png")
+    mixed = write_rows(world / "mixed.jsonl", [*map(json.loads, (world / "eval.jsonl").open()), wrong])
+    where = ["--data_path", mixed, "--images_path", world / "images"]
+    report_path = world / "reports/report.json"
+    result = run(
+        "eval_vlm.py", "--weight", weight, *where, "--score", "--report", report_path, "--batch_size", 4
+    )
+
+    report = json.loads(report_path.read_text(encoding="utf-8"))
+    assert report["n"] == 12 and report["accuracy"] == 11 / 12
+    assert report["by_kind"] == {
+        "(none)": {"accuracy": 1.0, "n": 1},
+        "colour": {"accuracy": 8 / 9, "n": 9},
+        "two": {"accuracy": 1.0, "n": 2},
+    }
+    assert report["mean_over_kinds"] == pytest.approx((1 + 8 / 9 + 1) / 3)
+    assert report["majority"]["accuracy"] == pytest.approx((1 + 1 + 1) / 12)
+    assert report["majority"]["by_kind"]["two"]["accuracy"] == 0.5
+    assert (report["blank_images"], report["weight"], report["data_path"]) == (False, str(weight), str(mixed))
+
+    asked = report["questions"]
+    assert all(question["correct"] == (question["answer"] == question["expected"]) for question in asked)
+    assert sum(question["correct"] for question in asked) == 11
+    assert [question["where"] for question in asked[:3]] == [
+        "mixed.jsonl:1",
+        "mixed.jsonl:1",
+        "mixed.jsonl:2",
+    ]
+    assert asked[1] == {
+        "where": "mixed.jsonl:1",
+        "kind": "colour",
+        "question": "And in one word?",
+        "answer": "blue",
+        "expected": "blue",
+        "correct": True,
+        "images": [str(world / "images/blue.png")],
+    }
+    assert (asked[-1]["answer"], asked[-1]["correct"]) == ("It is red.", False)
+
+    printed = [line.split() for line in result.stdout.splitlines()]
+    assert ["colour", "9", "0.889", "0.111"] in printed
+    assert ["all", "questions", "12", "0.917", "0.250"] in printed
+    assert "12/12" in result.stderr
+
+
+def test_blank_pictures_leave_only_what_needs_no_eyes(world, weight, run):
+    where = ["--data_path", world / "eval.jsonl", "--images_path", world / "images"]
+    report_path = world / "blank.json"
+    run("eval_vlm.py", "--weight", weight, *where, "--score", "--blank_images", "--report", report_path)
+    report = json.loads(report_path.read_text(encoding="utf-8"))
+    assert report["blank_images"] is True
+    assert report["by_kind"]["(none)"]["accuracy"] == 1.0
+    assert report["by_kind"]["two"]["accuracy"] <= 0.5, "two equal questions with different answers"
+    first = [question for question in report["questions"] if question["question"] == "What colour is this?"]
+    assert len({question["answer"] for question in first}) == 1, "grey pictures are all alike"
+
+
+def test_several_pictures_are_one_question(world, weight, run):
+    red, blue = world / "images/red.png", world / "images/blue.png"
+    asked = ["--prompt", "Which colours?", "--temperature", 0]
+    # A name without a folder means out/, which is not there in this test: a path is needed.
+    result = run("eval_vlm.py", "--weight", weight, "--image", red, "--image", blue, *asked)
+    assert (
+        result.stdout
+        == "image:  red.png, blue.png\nprompt: Which colours?\nanswer: First red, then blue.\n\n"
+    )
+
+
+def test_a_folder_is_asked_about_picture_by_picture_while_streaming(world, weight, run):
+    asked = ["--prompt", "What colour is this?", "--temperature", 0, "--stream"]
+    result = run("eval_vlm.py", "--weight", weight, "--image_dir", world / "images", *asked)
+    assert result.stdout == "".join(
+        f"image:  {colour}.png\nprompt: What colour is this?\nanswer: It is {colour}.\n\n"
+        for colour in COLOURS
+    )
+
+
+def test_a_file_is_answered_in_chat_and_ctrl_c_ends_it_with_130(world, weight):
+    rows = [json.loads(line) for line in (world / "eval.jsonl").open()] * 100
+    where = ["--data_path", write_rows(world / "long.jsonl", rows), "--images_path", world / "images"]
+    command = [sys.executable, "eval_vlm.py", "--weight", weight, *where, "--temperature", "1e-3"]
+    process = subprocess.Popen(
+        [str(part) for part in command],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        lines = [process.stdout.readline() for _ in range(8)]
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert lines[:3] == ["image:  blue.png\n", "prompt: What colour is this?\n", "answer: It is blue.\n"]
+    assert lines[4:7] == ["image:  blue.png\n", "prompt: And in one word?\n", "answer: blue\n"]
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+
+
+def call(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of eval_vlm.py, without the seconds that a process of its own takes."""
+    monkeypatch.setattr(sys, "argv", ["eval_vlm.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_:
+        run_main(eval_vlm.main)
+    captured = capsys.readouterr()
+    return exit_.value.code, captured.out, captured.err
+
+
+def test_sampling_follows_the_seed(world, weight, monkeypatch, capsys):
+    asked = [
+        "--image",
+        world / "images/red.png",
+        "--prompt",
+        "Hm",
+        "--temperature",
+        5,
+        "--max_new_tokens",
+        20,
+    ]
+    answers = [
+        call(monkeypatch, capsys, "--weight", weight, *asked, "--top_p", 1, "--seed", seed)[1]
+        for seed in (1, 1, 2)
+    ]
+    assert answers[0] == answers[1] != answers[2]
+
+
+def test_without_weights_both_ways_to_get_some_are_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, _, error = call(monkeypatch, capsys)
+    assert code == 1
+    assert "scripts/quickstart.sh" in error and "scripts/download.py clip vlm" in error
+
+
+def test_default_weight_is_the_published_name_then_the_newest_of_the_demo(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    demo = tmp_path / "out/demo"
+    demo.mkdir(parents=True)
+    for age, name in enumerate(("sft_vlm_96.pth", "sft_vlm_128.pth", "sft_vlm_64.pth")):
+        (demo / name).touch()
+        os.utime(demo / name, (1e9 - age, 1e9 - age))
+    assert eval_vlm.default_weight() == "out/demo/sft_vlm_96.pth"
+    (tmp_path / "out/sft_vlm_512.pth").touch()
+    assert eval_vlm.default_weight() == "out/sft_vlm_512.pth"
+
+
+def test_default_pictures_are_the_shipped_ones(tmp_path, monkeypatch, capsys, weight):
+    pictures = tmp_path / "dataset/eval_images"
+    pictures.mkdir(parents=True)
+    for name in ("b.webp", "a.JPG", "c.png"):
+        Image.new("RGBA", (30, 30)).convert("RGB").save(pictures / name)
+    (pictures / "CREDITS.md").write_text("credits")
+    monkeypatch.chdir(tmp_path)
+    files = ["--weight", weight, "--tokenizer_path", ROOT / "model/tokenizer"]
+    code, out, _ = call(monkeypatch, capsys, *files, "--max_new_tokens", 2)
+    assert code == 0
+    assert [line for line in out.splitlines() if line.startswith("image:")] == [
+        f"image:  {name}" for name in ("a.JPG", "b.webp", "c.png")
+    ]
+    assert out.count("prompt: Describe the picture.\n") == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--score"], "--score needs --data_path"),
+        (["--data_path", "x.jsonl", "--blank_images"], "--blank_images needs --score"),
+        (["--data_path", "x.jsonl", "--report", "r.json"], "--report needs --score"),
+        (["--images_path", "images"], "--images_path needs --data_path"),
+        (["--image", "a.png", "--data_path", "x.jsonl"], "--image and --data_path exclude each other"),
+        (["--image", "a.png", "--image_dir", "."], "--image and --image_dir exclude each other"),
+        (["--data_path", "x.jsonl", "--score", "--stream"], "--stream is for a chat"),
+        (["--temperature", "-0.1"], "--temperature must not be negative, found -0.1"),
+        (["--top_p", "0"], "--top_p must be above 0 and at most 1, found 0.0"),
+        (["--batch_size", "0"], "--batch_size must be above 0, found 0"),
+        (["--max_new_tokens", "0"], "--max_new_tokens must be above 0, found 0"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_flags_that_make_no_sense_are_wrong_usage(arguments, message, monkeypatch, capsys):
+    code, _, error = call(monkeypatch, capsys, *arguments)
+    assert (code, message in error) == (2, True), error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--weight", "no_such_weights", "--image", "{world}/images/red.png"],
+            "no_such_weights: no such weights",
+        ),
+        (["--image", "{world}/no.png"], "--image {world}/no.png: no such file"),
+        (["--image", "{world}/eval.jsonl"], "--image: cannot read image {world}/eval.jsonl"),
+        (["--image_dir", "{world}/no"], "--image_dir {world}/no: no such folder"),
+        (["--image_dir", "{world}"], "--image_dir {world}: no picture, expected .png"),
+        (["--image", "{world}/images/red.png", "--prompt", "<image> <image>"], "2 <image> markers"),
+        (["--data_path", "{world}/no.jsonl"], "{world}/no.jsonl: no such data file"),
+        (["--data_path", "{world}/eval.jsonl"], "eval.jsonl:1: image 'blue.png' not found"),
+        (["--data_path", "{world}/broken.jsonl"], "broken.jsonl:2: not JSON"),
+        (["--data_path", "{world}/texts.jsonl"], "{world}/texts.jsonl: no question"),
+        (
+            ["--data_path", "{world}/text.jsonl", "--score", "--report", "{world}"],
+            "--report {world}: is a folder",
+        ),
+        (["--data_path", "{world}/text.jsonl", "--score", "--report", "{world}/text.jsonl/r"], "--report"),
+        (["--image", "{world}/images/red.png", "--vision_model_path", "{world}"], "is not a vision encoder"),
+        (
+            ["--image", "{world}/images/red.png", "--vision_model_path", "{world}/no"],
+            "scripts/download.py clip",
+        ),
+        (
+            ["--image", "{world}/images/red.png", "--tokenizer_path", "{world}/no"],
+            "--tokenizer_path {world}/no",
+        ),
+        (["--image", "{world}/images/red.png", "--device", "cuda:99"], "--device cuda:99"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_clear_line(arguments, message, world, weight, monkeypatch, capsys):
+    text = row("", [("Hm?", "Ah.")])
+    write_rows(world / "text.jsonl", [text])
+    write_rows(world / "texts.jsonl", [{"text": "Nobody asks."}])
+    (world / "broken.jsonl").write_text(json.dumps(text) + "\n{'single': 'quotes'}\n")
+    given = [argument.replace("{world}", str(world)) for argument in arguments]
+    if "--weight" not in given:
+        given += ["--weight", str(weight)]
+    code, _, error = call(monkeypatch, capsys, *given)
+    assert code == 1
+    (line,) = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert message.replace("{world}", str(world)) in line
+    assert "Traceback" not in error
