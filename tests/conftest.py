@@ -82,7 +82,7 @@ def run() -> Callable[..., subprocess.CompletedProcess]:
     """Runs an entry point as users do, from the repository's root: run("eval_vlm.py", "--weight", path)."""
 
     def run(
-        *command, expect: int | None = 0, timeout: float = 200, **env: str
+        *command, expect: int | None = 0, timeout: float = 280, **env: str
     ) -> subprocess.CompletedProcess:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **env}
         result = subprocess.run(

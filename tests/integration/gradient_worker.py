@@ -1,0 +1,46 @@
+"""Run by torchrun: saves the gradient of one step of 8 rows, as this number of
+ranks computes it.
+
+Arguments: data folder, rows of a micro-batch, "dense" or "moe", file to write.
+"""
+
+import contextlib
+import sys
+from pathlib import Path
+
+import torch
+
+from dataset.collate import StepDataset, StepSampler
+from dataset.vlm_dataset import VLMDataset
+from trainer.arguments import TrainingFlags
+from trainer.distributed import runtime
+from trainer.loop import backward, count, distribute
+from trainer.setup import build_vlm, load_tokenizer, set_trainable
+
+ENCODER = "tests/golden/clip"
+
+
+def main(data: str, batch_size: int, kind: str, target: str) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    flags = TrainingFlags(data_path=[f"{data}/dialogues.jsonl"])
+    with runtime("cpu", 0) as run:
+        model, processor = build_vlm(
+            sizes | {"use_moe": kind == "moe"}, ENCODER, load_tokenizer("model/tokenizer")
+        )
+        set_trainable(model, "proj_llm")
+        with run.main_first():
+            samples = VLMDataset([Path(flags.data_path[0])], processor, 1024, Path(data) / "images")
+        sampler = StepSampler(samples.lengths(), batch_size, 1, run.rank, run.world_size)
+        (step,) = list(sampler)
+        micro_batches = StepDataset(samples, 0)[step]
+        forward = distribute(model.train(), flags, run)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        backward(forward, micro_batches, count(micro_batches, run), contextlib.nullcontext(), scaler, run)
+        if run.is_main:
+            grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+            with Path(target).open("wb") as file:
+                torch.save(grads, file)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4])

@@ -1,0 +1,230 @@
+"""The training scripts as users run them: stages, files, metrics, signals, ranks, and bad input."""
+
+import json
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY, TINY_ENCODER, write_rows
+
+METRICS = {
+    *("step", "epoch", "loss", "aux_loss", "learning_rate", "grad_norm", "samples_per_second"),
+    *("tokens_per_second", "supervised_tokens", "seconds", "peak_memory_bytes"),
+}
+
+
+def pretrain(data: Path, out: Path, *more) -> list:
+    rows = ["--data_path", data / "captions.jsonl", "--images_path", data / "images"]
+    return ["train_pretrain_vlm.py", *TINY, *rows, "--out_dir", out, "--from_weight", "none", *more]
+
+
+def records(out: Path, run_name: str) -> list[dict]:
+    return [json.loads(line) for line in (out / "runs" / run_name / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)
+
+
+def changed(before: Path, after: Path) -> set[str]:
+    old, new = weights(before), weights(after)
+    assert old.keys() <= new.keys()
+    return {key for key in old if not torch.equal(old[key], new[key])}
+
+
+def error_line(result: subprocess.CompletedProcess) -> str:
+    """The one line that tells the user what is wrong; nothing else may look like a crash."""
+    assert "Traceback" not in result.stderr, result.stderr
+    lines = [line for line in result.stderr.splitlines() if "error: " in line]
+    assert len(lines) == 1, result.stderr
+    return lines[0]
+
+
+def test_three_stages_build_on_each_other(data, tmp_path, run):
+    out = tmp_path / "out"
+    sizes = [*TINY, "--out_dir", out]
+    run("scripts/train_lm.py", *sizes, "--data_path", data / "texts.jsonl", "--batch_size", 4)
+    common = ["--images_path", data / "images", "--batch_size", 4, "--learning_rate", 1e-2]
+    evaluation = ["--eval_data_path", data / "dialogues.jsonl", "--eval_interval", 2]
+    run(
+        "train_pretrain_vlm.py",
+        *sizes,
+        *common,
+        *evaluation,
+        "--data_path",
+        data / "captions.jsonl",
+        "--epochs",
+        2,
+    )
+    run("train_sft_vlm.py", *sizes, *common, "--data_path", data / "dialogues.jsonl", "--max_steps", 1)
+
+    # proj_last: of the language model, the last layer alone
+    moved = changed(out / "lm_64.pth", out / "pretrain_vlm_64.pth")
+    assert moved and all(key.startswith("model.layers.1.") for key in moved)
+    # proj_llm: everything
+    moved = changed(out / "pretrain_vlm_64.pth", out / "sft_vlm_64.pth")
+    assert moved == weights(out / "sft_vlm_64.pth").keys()
+    assert not any("vision_encoder" in key for key in moved)
+
+    lines = records(out, "pretrain_vlm_64")
+    trained = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in trained] == [1, 2, 3, 4] and trained[0].keys() >= METRICS
+    assert [line["epoch"] for line in trained] == [0, 0, 1, 1]
+    assert trained[-1]["loss"] < trained[0]["loss"]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [2, 4]
+    sidecar = json.loads((out / "sft_vlm_64.json").read_text())
+    assert sidecar["config"]["hidden_size"] == 64 and sidecar["arguments"]["max_steps"] == 1
+
+
+def test_one_seed_gives_one_result(data, tmp_path, run):
+    for name in ("a", "b"):
+        run(*pretrain(data, tmp_path / name, "--batch_size", 3, "--use_moe", "--num_workers", 1))
+    run(*pretrain(data, tmp_path / "c", "--batch_size", 3, "--use_moe", "--seed", 1))
+    a, b, c = ((tmp_path / name / "pretrain_vlm_64_moe.pth").read_bytes() for name in "abc")
+    assert a == b != c
+    losses = [[line["loss"] for line in records(tmp_path / name, "pretrain_vlm_64_moe")] for name in "ab"]
+    assert losses[0] == losses[1] and len(losses[0]) == 12
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_two_ranks_have_the_gradient_of_one(data, tmp_path, run, kind):
+    worker = "tests/integration/gradient_worker.py"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    run(*torchrun, 1, worker, data, 8, kind, tmp_path / "one.pt", PYTHONPATH=str(ROOT))
+    run(*torchrun, 2, worker, data, 4, kind, tmp_path / "two.pt", PYTHONPATH=str(ROOT))
+    one, two = weights(tmp_path / "one.pt"), weights(tmp_path / "two.pt")
+    assert one.keys() == two.keys()
+    assert max(float((one[key] - two[key]).abs().max()) for key in one) < 1e-5
+    assert max(float(grad.abs().max()) for grad in one.values()) > 1e-2
+
+
+def test_torchrun_trains_on_two_ranks(data, tmp_path, run):
+    """Text-only batches on one rank, an uneven last step, one set of files."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "train_sft_vlm.py"]
+    rows = ["--data_path", data / "dialogues.jsonl", "--images_path", data / "images"]
+    out = tmp_path / "out"
+    run(
+        *torchrun,
+        *TINY,
+        *rows,
+        "--out_dir",
+        out,
+        "--batch_size",
+        1,
+        "--accumulation_steps",
+        3,
+        "--from_weight",
+        "none",
+    )
+    lines = records(out, "sft_vlm_64")
+    assert [line["step"] for line in lines] == [*range(1, 5)]
+    assert sorted(path.name for path in out.iterdir()) == ["runs", "sft_vlm_64.json", "sft_vlm_64.pth"]
+
+
+def test_rows_without_an_answer_left_are_counted(data, tmp_path, run):
+    rows = [json.loads(line) for line in (data / "captions.jsonl").read_text().splitlines()]
+    rows[0]["conversations"].insert(0, {"role": "user", "content": "word " * 400})
+    rows[0]["conversations"].insert(1, {"role": "assistant", "content": "ok"})
+    rows[3]["conversations"][0]["content"] += " word" * 400
+    write_rows(data / "captions.jsonl", rows)
+    result = run(*pretrain(data, tmp_path / "out", "--batch_size", 8, "--max_seq_len", 250, "--epochs", 1))
+    assert "2 rows without a supervised token were skipped" in result.stderr
+    (line,) = records(tmp_path / "out", "pretrain_vlm_64")
+    assert line["skipped_rows"] == 2
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_end_with_saved_weights(data, tmp_path, number, code):
+    out = tmp_path / "out"
+    command = [sys.executable, *map(str, pretrain(data, out, "--epochs", 100_000, "--num_workers", 1))]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    metrics = out / "runs/pretrain_vlm_64/metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.is_file() and metrics.read_text().count("\n") > 2):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code and "Traceback" not in errors, errors
+    steps = [line["step"] for line in records(out, "pretrain_vlm_64")]
+    assert json.loads((out / "pretrain_vlm_64.json").read_text())["step"] == steps[-1]
+    assert len(weights(out / "pretrain_vlm_64.pth")) > 10
+
+
+def test_help_explains_every_flag_with_its_default(run):
+    text = " ".join(run("train_pretrain_vlm.py", "--help").stdout.split())
+    for flag in (
+        "--batch_size",
+        "--trainable",
+        "--vision_model_path",
+        "--max_steps",
+        "--no_use_moe",
+        "--eval_interval",
+    ):
+        assert flag in text or flag == "--no_use_moe"
+    assert "(default: 0.0004)" in text and "(default: proj_last)" in text
+    assert text.count("(default:") >= 30
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--batch_size", 0], "--batch_size must be above 0, found 0"),
+        (["--trainable", "all"], "invalid choice: 'all'"),
+        (["--unknown", 1], "--unknown"),
+    ],
+)
+def test_wrong_usage_ends_with_two(run, flags, message):
+    assert message in error_line(run("train_pretrain_vlm.py", *flags, expect=2))
+
+
+def test_bad_rows_and_pictures_end_with_one(data, tmp_path, run):
+    command = pretrain(data, tmp_path / "out", "--num_workers", 1)
+    good = (data / "captions.jsonl").read_text()
+    (data / "captions.jsonl").write_text(good + "{broken\n")
+    assert "captions.jsonl:9: not JSON" in error_line(run(*command, expect=1))
+    (data / "captions.jsonl").write_text(good)
+    (data / "images/5.png").write_bytes(b"no picture")
+    line = error_line(run(*command, expect=1))
+    assert "captions.jsonl:6: cannot read image" in line and "5.png" in line
+    (data / "images/5.png").unlink()
+    (data / "captions.jsonl").write_text(good + "\n")
+    assert "captions.jsonl:6: image '5.png' not found" in error_line(run(*command, expect=1))
+
+
+def test_what_is_missing_is_named_with_the_way_out(data, tmp_path, run):
+    command = pretrain(data, tmp_path / "out")
+    no_clip = [*command, "--vision_model_path", tmp_path / "clip"]
+    assert "python scripts/download.py clip" in error_line(run(*no_clip, expect=1))
+    in_the_way = tmp_path / "file"
+    in_the_way.write_text("mine")
+    line = error_line(run(*command, "--out_dir", in_the_way, expect=1))
+    assert f"--out_dir {in_the_way}: cannot be written" in line and in_the_way.read_text() == "mine"
+    no_base = [part for part in command if part not in ("--from_weight", "none")]
+    assert "no lm_64.pth in" in error_line(run(*no_base, expect=1))
+
+
+def test_a_full_disk_keeps_the_previous_weights(data, tmp_path):
+    """A limit on file size stands for the full disk: the write fails in the middle."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "pretrain_vlm_64.pth").write_bytes(b"previous")
+    command = [sys.executable, *map(str, pretrain(data, out, "--max_steps", 1))]
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # noqa: E731
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, preexec_fn=limit, timeout=200)
+    assert result.returncode == 1
+    line = error_line(result)
+    assert "cannot write" in line and "the previous pretrain_vlm_64.pth is intact" in line
+    assert (out / "pretrain_vlm_64.pth").read_bytes() == b"previous"
+    assert sorted(path.name for path in out.iterdir()) == ["pretrain_vlm_64.pth", "runs"]
+
+
+def test_encoder_files_are_never_written(data, tmp_path, run):
+    before = {path.name: path.read_bytes() for path in TINY_ENCODER.iterdir()}
+    run(*pretrain(data, tmp_path / "out", "--trainable", "proj_llm", "--max_steps", 1))
+    assert {path.name: path.read_bytes() for path in TINY_ENCODER.iterdir()} == before
