@@ -136,7 +136,6 @@ def test_blank_pictures_leave_only_what_needs_no_eyes(world, weight, run):
 def test_several_pictures_are_one_question(world, weight, run):
     red, blue = world / "images/red.png", world / "images/blue.png"
     asked = ["--prompt", "Which colours?", "--temperature", 0]
-    # A name without a folder means out/, which is not there in this test: a path is needed.
     result = run("eval_vlm.py", "--weight", weight, "--image", red, "--image", blue, *asked)
     assert (
         result.stdout
