@@ -181,6 +181,7 @@ def record(args: argparse.Namespace, model: nn.Module, steps: int, seconds: floa
         "decay_steps": args.decay_steps,
         "seed": args.seed,
         "optimizer": "Muon for the layers' matrices, AdamW for the rest; weights averaged over steps",
+        "patches": "a random half of each picture's until the learning rate falls, then all",
         "scores": scores,
         "scores_mean": "share of the things in new pictures that the throw-away head names right",
     }
