@@ -5,6 +5,7 @@ ranks. Shapes: B rows, T tokens, N most images of a row.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -84,18 +85,16 @@ class StepDataset(Dataset):
         skipped = sum(not sample.supervised for sample in samples)
         useful = [sample for sample in samples if sample.supervised]
         if rows[0] < 0 or not useful:  # keep the ranks in step with a row that counts for nothing
-            first = samples[0]
-            batch = collate(
-                [Sample(first.input_ids, [IGNORE_INDEX] * len(first.labels), first.pixel_values)], 0
-            )
+            silent = replace(samples[0], labels=[IGNORE_INDEX] * len(samples[0].labels))
+            batch = collate([silent], self.pad_token_id)
             return batch | {"rows": 0, "skipped_rows": skipped if rows[0] >= 0 else 0}
         return collate(useful, self.pad_token_id) | {"rows": len(useful), "skipped_rows": skipped}
 
 
 def collate(samples: list[Sample], pad_token_id: int) -> dict:
     """Right-padded tensors: input_ids, labels, attention_mask (B, T) int64; where a row has images also
-    pixel_values (B, N, 3, H, W) and image_counts (B,) int64; and the counts `supervised_tokens` (labels that
-    count) and `tokens` (without padding)."""
+    pixel_values (B, N, 3, H, W) or image_features (B, N, P, W), and image_counts (B,) int64; the counts
+    `supervised_tokens` (labels that count) and `tokens` (without padding)."""
     shape = len(samples), max(len(sample.input_ids) for sample in samples)
     input_ids = torch.full(shape, pad_token_id)  # (B, T)
     labels = torch.full(shape, IGNORE_INDEX)  # (B, T)
@@ -112,10 +111,12 @@ def collate(samples: list[Sample], pad_token_id: int) -> dict:
         "supervised_tokens": int((labels[:, 1:] != IGNORE_INDEX).sum()),
         "tokens": int(attention_mask.sum()),
     }
-    pictures = [sample.pixel_values for sample in samples if sample.pixel_values is not None]
-    if pictures:
-        counts = torch.tensor([0 if s.pixel_values is None else len(s.pixel_values) for s in samples])  # (B,)
-        slots = torch.zeros(len(samples), int(counts.max()), *pictures[0].shape[1:])  # (B, N, 3, H, W)
-        slots[torch.arange(slots.shape[1]) < counts[:, None]] = torch.cat(pictures)
-        batch |= {"pixel_values": slots, "image_counts": counts}
+    for name in ("pixel_values", "image_features"):
+        found = [getattr(sample, name) for sample in samples]
+        if any(images is not None for images in found):
+            counts = torch.tensor([0 if images is None else len(images) for images in found])  # (B,)
+            real = torch.cat([images for images in found if images is not None])
+            slots = real.new_zeros(len(samples), int(counts.max()), *real.shape[1:])  # (B, N, ...)
+            slots[torch.arange(slots.shape[1]) < counts[:, None]] = real
+            batch |= {name: slots, "image_counts": counts}
     return batch

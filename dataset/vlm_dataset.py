@@ -3,26 +3,30 @@
 P placeholder tokens per image, T tokens, N images of the row.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
 from dataset.errors import DataError
+from dataset.feature_cache import FeatureCache
+from dataset.images import open_image
 from dataset.rows import load_rows, resolve_image
 from model.processing_vlm import IGNORE_INDEX, MiniMindVLMProcessor
 
 
 @dataclass
 class Sample:
-    """One row, ready for a batch. `pixel_values` is (N, 3, H, W), or None for a row without images."""
+    """One row, ready for a batch. A row with images has either `pixel_values` (N, 3, H, W) or, from a
+    feature cache, `image_features` (N, P, W)."""
 
     input_ids: list[int]
     labels: list[int]
-    pixel_values: torch.Tensor | None
+    pixel_values: torch.Tensor | None = None
+    image_features: torch.Tensor | None = None
 
     @property
     def supervised(self) -> bool:
@@ -42,10 +46,17 @@ class VLMDataset(Dataset):
         processor: MiniMindVLMProcessor,
         max_length: int,
         images_path: Path | None = None,
+        features: FeatureCache | None = None,
     ):
         self.processor, self.max_length = processor, max_length
         self.images_root = str(images_path.resolve()) if images_path else ""
         self.rows = load_rows(paths, images_path)
+        self.features = features
+
+    def image_paths(self) -> Iterator[tuple[str, str]]:
+        """(path, row it stands in) of every image of every row."""
+        for row in self.rows.select_columns(["images", "where"]):
+            yield from ((resolve_image(image, self.images_root), row["where"]) for image in row["images"])
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -64,13 +75,16 @@ class VLMDataset(Dataset):
             input_ids, labels = self._encode(row)
         except ValueError as error:
             raise DataError(f"{row['where']}: {error}") from None
-        input_ids, labels, images = cut(
-            input_ids, labels, self.max_length, len(row["images"]), self._placeholder
-        )
-        pictures = [
-            open_image(resolve_image(name, self.images_root), row["where"]) for name in row["images"][:images]
-        ]
-        return Sample(input_ids, labels, self.processor.pixel_values(pictures) if pictures else None)
+        images = row["images"]
+        input_ids, labels, kept = cut(input_ids, labels, self.max_length, len(images), self._placeholder)
+        paths = [resolve_image(image, self.images_root) for image in images[:kept]]
+        if not paths:
+            return Sample(input_ids, labels)
+        if self.features is not None:
+            features = torch.stack([self.features[path] for path in paths])
+            return Sample(input_ids, labels, image_features=features)
+        pictures = [open_image(path, row["where"]) for path in paths]
+        return Sample(input_ids, labels, self.processor.pixel_values(pictures))
 
     def _encode(self, row: dict) -> tuple[list[int], list[int]]:
         if not row["roles"]:
@@ -112,12 +126,3 @@ def _find(input_ids: list[int], run: list[int], start: int) -> int:
     while input_ids[start : start + len(run)] != run:
         start = input_ids.index(run[0], start + 1)
     return start
-
-
-def open_image(path: str, where: str) -> Image.Image:
-    """An upright RGB picture; DataError names the row and the file that cannot be read."""
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{where}: cannot read image {path} ({error})") from None

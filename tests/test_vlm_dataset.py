@@ -7,6 +7,7 @@ from conftest import write_rows
 from PIL import Image
 
 from dataset.errors import DataError
+from dataset.images import open_image
 from dataset.vlm_dataset import VLMDataset, cut
 from model.processing_vlm import IGNORE_INDEX
 
@@ -95,7 +96,5 @@ def test_phone_pictures_are_turned_upright(data, processor):
     picture.save(data / "images/turned.jpg", exif=exif)
     row = {"image": "turned.jpg", "conversations": [{"role": "assistant", "content": "x"}]}
     row["conversations"].insert(0, {"role": "user", "content": "?"})
-    from dataset.vlm_dataset import open_image
-
     write_rows(data / "turned.jsonl", [row])
     assert open_image(str(data / "images/turned.jpg"), "turned.jsonl:1").size == (20, 40)

@@ -58,6 +58,9 @@ class TrainingFlags:
     vision_model_path: str = flag(
         "model/vision_model/clip-vit-base-patch16", "folder of the frozen image encoder"
     )
+    cache_features: str | None = optional_flag(
+        "folder for the encoder's outputs: encode each image only once"
+    )
     tokenizer_path: str = flag("model/tokenizer", "folder of the tokenizer")
     device: str | None = optional_flag("cuda, cuda:1, mps or cpu; default: the best there is")
     dtype: str = flag(

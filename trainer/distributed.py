@@ -43,9 +43,13 @@ class Runtime:
     def main_first(self):
         """The main process does what is inside before the others, which then find its files."""
         if not self.is_main:
-            dist.barrier()
+            self.barrier()
         yield
-        if self.is_main and self.world_size > 1:
+        if self.is_main:
+            self.barrier()
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
             dist.barrier()
 
     def catch_signals(self) -> None:

@@ -15,8 +15,8 @@ from PIL import Image
 from transformers import BatchFeature
 
 from dataset.errors import DataError
+from dataset.images import open_image
 from dataset.rows import resolve_image
-from dataset.vlm_dataset import open_image
 from model.model_vlm import MiniMindVLM
 from model.processing_vlm import IMAGE_MARKER, MiniMindVLMProcessor
 

@@ -21,7 +21,7 @@ from trainer.distributed import Runtime, ignore_signals, resolve_dtype
 from trainer.metrics import Metrics
 
 log = logging.getLogger(__name__)
-MODEL_INPUTS = ("input_ids", "attention_mask", "labels", "pixel_values", "image_counts")
+MODEL_INPUTS = ("input_ids", "attention_mask", "labels", "pixel_values", "image_features", "image_counts")
 
 
 def train(
@@ -96,7 +96,7 @@ def backward(
             with autocast:
                 output = forward(**inputs, num_items_in_batch=totals["supervised_tokens"], skip_logits=True)
                 loss = output.loss + output.aux_loss * (batch["rows"] / totals["rows"])
-            if "pixel_values" not in batch:
+            if "image_counts" not in batch:
                 loss = loss + untouched(forward)
             # DDP divides by the number of ranks; the sums above are already those of the global batch.
             scaler.scale(loss * runtime.world_size).backward()

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from transformers import AutoImageProcessor, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -15,6 +16,7 @@ from trainer.checkpoint import SIZES, Sidecar, check_sizes, check_tokenizer, loa
 from trainer.cli import UserError, user_errors
 
 log = logging.getLogger(__name__)
+transformers.logging.disable_progress_bar()  # weights are there in a blink
 DEFAULT_TOKENIZER = "model/tokenizer"
 DEFAULT_ENCODER = "model/vision_model/clip-vit-base-patch16"
 

@@ -4,6 +4,9 @@ import dataclasses
 import logging
 from pathlib import Path
 
+import torch
+
+from dataset.feature_cache import FeatureCache, encode_missing, open_feature_cache
 from dataset.vlm_dataset import VLMDataset
 from model.processing_vlm import MiniMindVLMProcessor
 from trainer.arguments import TrainingFlags
@@ -41,10 +44,14 @@ def run_stage(flags: TrainingFlags, stage: str, bases: tuple[str, ...]) -> int:
             load_base(model, base, tokenizer, asked)
         set_trainable(model, flags.trainable)
         model.to(run.device)
-        samples = open_samples(flags.data_path, processor, flags, run)
-        eval_samples = (
-            open_samples(flags.eval_data_path, processor, flags, run) if flags.eval_data_path else None
-        )
+        features = None
+        if flags.cache_features and stage != "lm":
+            with user_errors(f"--cache_features {flags.cache_features}"):
+                features = open_feature_cache(Path(flags.cache_features), model, processor)
+        samples = open_samples(flags.data_path, model, processor, flags, run, features)
+        eval_samples = None
+        if flags.eval_data_path:
+            eval_samples = open_samples(flags.eval_data_path, model, processor, flags, run, features)
         learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
         log.info(
             "%s: %s rows, %.2fM weights learn, from %s, on %s x %d",
@@ -86,11 +93,22 @@ def run_stage(flags: TrainingFlags, stage: str, bases: tuple[str, ...]) -> int:
 
 
 def open_samples(
-    paths: list[str], processor: MiniMindVLMProcessor, flags: TrainingFlags, run: Runtime
+    paths: list[str],
+    model: torch.nn.Module,
+    processor: MiniMindVLMProcessor,
+    flags: TrainingFlags,
+    run: Runtime,
+    features: FeatureCache | None,
 ) -> VLMDataset:
     images = Path(flags.images_path) if flags.images_path else None
     with run.main_first():
-        return VLMDataset([Path(path) for path in paths], processor, flags.max_seq_len, images)
+        samples = VLMDataset([Path(path) for path in paths], processor, flags.max_seq_len, images, features)
+    if features is not None:
+        with user_errors():
+            encode_missing(features, model, processor, samples.image_paths(), run.rank, run.world_size)
+        run.barrier()
+        features.read_shards()
+    return samples
 
 
 def default(flags: TrainingFlags, name: str):

@@ -1,0 +1,129 @@
+"""Outputs of the frozen encoder on disk, so that each picture is encoded once, whatever epochs and stages.
+
+A folder for each encoder holds shards: `{name}.npy`, fp16 features (images, P, W), beside `{name}.json`, the
+SHA-256 of their image files. The JSON is written last: a shard without one does not count. P tokens per
+image, W the encoder's width.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from dataset.errors import DataError
+from dataset.images import open_image
+from model.model_vlm import MiniMindVLM
+from model.processing_vlm import MiniMindVLMProcessor
+
+SHARD_IMAGES = 1024
+BATCH_IMAGES = 64
+
+Item = tuple[str, str]  # path of a picture, and the row it stands in, for messages
+
+
+class FeatureCache:
+    """Features by path, memory-mapped. A picture is known by its content: a changed file is a new picture."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.shards: dict[str, np.ndarray] = {}
+        self.places: dict[str, tuple[str, int]] = {}  # digest of an image file -> shard and row
+        self.digests: dict[str, str] = {}  # path -> digest
+
+    def __getitem__(self, path: str) -> torch.Tensor:
+        """(P, W) fp16 of a picture that `find_missing` has been asked about."""
+        shard, row = self.places[self.digests[path]]
+        return torch.from_numpy(self.shards[shard][row].copy())
+
+    def read_shards(self) -> None:
+        """Takes note of the shards that are complete, other processes' included."""
+        for listing in self.folder.glob("[!.]*.json"):
+            if listing.stem not in self.shards:
+                self.shards[listing.stem] = np.load(listing.with_suffix(".npy"), mmap_mode="r")
+                for row, digest in enumerate(json.loads(listing.read_text())):
+                    self.places[digest] = listing.stem, row
+
+    def find_missing(self, items: Iterable[Item]) -> dict[str, Item]:
+        """The pictures without features, by digest. DataError for a file that cannot be read."""
+        self.read_shards()
+        missing: dict[str, Item] = {}
+        for path, where in items:
+            if path not in self.digests:
+                self.digests[path] = digest = _file_digest(path, where)
+                if digest not in self.places:
+                    missing[digest] = path, where
+        return missing
+
+    def write_shard(self, digests: list[str], features: np.ndarray) -> None:
+        name = hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+        self._write(f"{name}.npy", lambda file: np.save(file, features))
+        self._write(f"{name}.json", lambda file: file.write(json.dumps(digests).encode()))
+
+    def _write(self, name: str, write: Callable) -> None:
+        temporary = self.folder / f".{name}.{os.getpid()}"
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.folder / name)
+
+
+def open_feature_cache(folder: Path, model: MiniMindVLM, processor: MiniMindVLMProcessor) -> FeatureCache:
+    """The cache in `folder` for this encoder: its weights and its preprocessing are part of the key."""
+    settings = json.dumps(processor.image_processor.to_dict(), sort_keys=True, default=str)
+    key = hashlib.sha256(settings.encode())
+    for name, tensor in sorted(model.vision_encoder.state_dict().items()):
+        key.update(name.encode())
+        key.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    own = folder / key.hexdigest()[:16]
+    own.mkdir(parents=True, exist_ok=True)
+    return FeatureCache(own)
+
+
+def encode_missing(
+    cache: FeatureCache,
+    model: MiniMindVLM,
+    processor: MiniMindVLMProcessor,
+    items: Iterable[Item],
+    rank: int = 0,
+    world_size: int = 1,
+) -> None:
+    """Encodes this rank's share of the pictures that `cache` lacks; `read_shards` once all ranks are through.
+
+    DataError for a picture that cannot be read, OSError where the disk is too small.
+    """
+    missing = list(cache.find_missing(items).items())
+    config = model.config
+    needed = len(missing) * len(config.image_ids) * config.vision_config.hidden_size * 2
+    if needed > (free := shutil.disk_usage(cache.folder).free):
+        raise OSError(
+            f"{cache.folder}: features of {len(missing)} pictures need {needed / 1e9:.1f} GB, "
+            f"{free / 1e9:.1f} GB are free"
+        )
+    # By digest, not by place in the list: another rank may already have shortened that.
+    share = [entry for entry in missing if int(entry[0], 16) % world_size == rank]
+    with tqdm(total=len(share), desc="encoding pictures", unit="image", disable=rank > 0 or not share) as bar:
+        for start in range(0, len(share), SHARD_IMAGES):
+            shard = share[start : start + SHARD_IMAGES]
+            features = []
+            for first in range(0, len(shard), BATCH_IMAGES):
+                pictures = [open_image(*item) for _, item in shard[first : first + BATCH_IMAGES]]
+                pixel_values = processor.pixel_values(pictures).to(model.device)  # (images, 3, H, W)
+                encoded = model.get_image_embeddings(pixel_values, model.vision_encoder)
+                features.append(encoded.to("cpu", torch.float16).numpy())
+                bar.update(len(pictures))
+            cache.write_shard([digest for digest, _ in shard], np.concatenate(features))
+
+
+def _file_digest(path: str, where: str) -> str:
+    try:
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{where}: cannot read image {path} ({error.strerror})") from None

@@ -1,0 +1,14 @@
+"""Image files -> upright RGB pictures."""
+
+from PIL import Image, ImageOps
+
+from dataset.errors import DataError
+
+
+def open_image(path: str, where: str) -> Image.Image:
+    """The picture at `path`; DataError names the row (`where`) and the file that cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{where}: cannot read image {path} ({error})") from None

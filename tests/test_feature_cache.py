@@ -1,0 +1,91 @@
+"""Features on disk: equal to the encoder's, made once, noticed when picture or encoder change."""
+
+import pytest
+import torch
+from conftest import TINY_ENCODER
+
+from dataset.collate import StepDataset
+from dataset.errors import DataError
+from dataset.feature_cache import encode_missing, open_feature_cache
+from dataset.vlm_dataset import VLMDataset
+from trainer.setup import build_vlm
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@pytest.fixture
+def vlm(tokenizer):
+    torch.manual_seed(0)
+    return build_vlm(SIZES, str(TINY_ENCODER), tokenizer)
+
+
+@pytest.fixture
+def items(data):
+    return [(str(data / f"images/{i}.png"), f"rows.jsonl:{i}") for i in range(8)]
+
+
+def filled(folder, vlm, items):
+    cache = open_feature_cache(folder, *vlm)
+    encode_missing(cache, *vlm, items)
+    cache.read_shards()
+    return cache
+
+
+def test_batches_with_features_give_the_loss_of_batches_with_pixels(data, tmp_path, vlm):
+    model, processor = vlm
+    rows = [data / "dialogues.jsonl"], processor, 1024, data / "images"
+    samples = VLMDataset(*rows)
+    cached = VLMDataset(*rows, filled(tmp_path / "cache", vlm, samples.image_paths()))
+    (pixels,), (features,) = (StepDataset(part, 0)[[list(range(8))]] for part in (samples, cached))
+    assert "pixel_values" not in features and features["image_features"].shape[:3] == (8, 2, 196)
+    names = ("input_ids", "attention_mask", "labels", "image_counts")
+    inputs = {name: pixels[name] for name in names}
+    expected = model(**inputs, pixel_values=pixels["pixel_values"]).loss
+    assert model(**inputs, image_features=features["image_features"]).loss == pytest.approx(
+        float(expected), abs=1e-4
+    )
+
+
+def test_pictures_are_encoded_once(tmp_path, vlm, items):
+    filled(tmp_path, vlm, items[:5])
+    cache = open_feature_cache(tmp_path, *vlm)
+    assert [path for path, _ in cache.find_missing(items).values()] == [path for path, _ in items[5:]]
+    assert cache[items[0][0]].shape == (196, 64) and cache[items[0][0]].dtype == torch.float16
+
+
+def test_two_ranks_share_the_work(tmp_path, vlm, items):
+    for rank in (0, 1):
+        cache = open_feature_cache(tmp_path, *vlm)
+        encode_missing(cache, *vlm, items, rank, 2)
+    assert not cache.find_missing(items)
+    assert len(list(cache.folder.glob("*.npy"))) == 2
+    alone = filled(tmp_path / "alone", vlm, items)
+    assert all(torch.equal(cache[path], alone[path]) for path, _ in items)
+
+
+def test_a_changed_picture_or_encoder_is_noticed(tmp_path, vlm, items, data):
+    filled(tmp_path, vlm, items)
+    (data / "images/3.png").write_bytes((data / "images/4.png").read_bytes()[:-1] + b"x")
+    assert len(open_feature_cache(tmp_path, *vlm).find_missing(items)) == 1
+    model, processor = vlm
+    with torch.no_grad():
+        next(model.vision_encoder.parameters()).add_(1e-3)
+    assert len(open_feature_cache(tmp_path, model, processor).find_missing(items)) == 8
+
+
+def test_an_interrupted_shard_does_not_count(tmp_path, vlm, items):
+    cache = filled(tmp_path, vlm, items)
+    (listing,) = cache.folder.glob("*.json")
+    listing.unlink()
+    again = open_feature_cache(tmp_path, *vlm)
+    assert len(again.find_missing(items)) == 8
+    assert torch.equal(filled(tmp_path, vlm, items)[items[2][0]], cache[items[2][0]])
+
+
+def test_what_cannot_be_read_is_named(tmp_path, vlm, data):
+    cache = open_feature_cache(tmp_path, *vlm)
+    with pytest.raises(DataError, match=r"rows.jsonl:9: cannot read image .*gone.png"):
+        encode_missing(cache, *vlm, [(str(data / "images/gone.png"), "rows.jsonl:9")])
+    (data / "images/0.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"rows.jsonl:1: cannot read image .*0.png"):
+        encode_missing(cache, *vlm, [(str(data / "images/0.png"), "rows.jsonl:1")])
