@@ -40,10 +40,9 @@ def test_batches_with_features_give_the_loss_of_batches_with_pixels(data, tmp_pa
     assert "pixel_values" not in features and features["image_features"].shape[:3] == (8, 2, 196)
     names = ("input_ids", "attention_mask", "labels", "image_counts")
     inputs = {name: pixels[name] for name in names}
-    expected = model(**inputs, pixel_values=pixels["pixel_values"]).loss
-    assert model(**inputs, image_features=features["image_features"]).loss == pytest.approx(
-        float(expected), abs=1e-4
-    )
+    expected = model(**inputs, pixel_values=pixels["pixel_values"]).loss.item()
+    found = model(**inputs, image_features=features["image_features"]).loss.item()
+    assert found == pytest.approx(expected, abs=1e-4)
 
 
 def test_pictures_are_encoded_once(tmp_path, vlm, items):
