@@ -20,7 +20,6 @@ FEATURES = Features(
         "images": List(Value("string")),
         "roles": List(Value("string")),
         "contents": List(Value("string")),  # a {"text": ...} row is one content without a role
-        "text_tokens": Value("int32"),  # their estimated number, for batches of similar length
     }
 )
 LLAVA_ROLES = {"human": "user", "gpt": "assistant"}
@@ -110,7 +109,6 @@ def normalise_row(row: dict, where: str) -> dict:
         "images": images,
         "roles": roles,
         "contents": contents,
-        "text_tokens": sum(_rough_tokens(text) for text in contents),
     }
 
 
@@ -142,10 +140,3 @@ def _check_turns(roles: list[str], contents: list[str], images: int, where: str)
     markers = sum(content.count(IMAGE_MARKER) for role, content in turns if role == "user")
     if markers != images and (markers or "user" not in roles):
         raise DataError(f"{where}: {markers} {IMAGE_MARKER} markers in the user's turns, but {images} images")
-
-
-def _rough_tokens(text: str) -> int:
-    """Tokens of a text, estimated without tokenizing: about 3.5 characters a token in English, 1 in
-    Chinese."""
-    narrow = len(text.encode("ascii", "ignore"))
-    return narrow * 2 // 7 + len(text) - narrow

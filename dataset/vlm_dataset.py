@@ -10,12 +10,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from dataset.errors import DataError
 from dataset.feature_cache import FeatureCache
 from dataset.images import open_image
 from dataset.rows import load_rows, resolve_image
-from model.processing_vlm import IGNORE_INDEX, MiniMindVLMProcessor
+from model.processing_vlm import IGNORE_INDEX, IMAGE_MARKER, MiniMindVLMProcessor
+
+TOKENS_AROUND_A_TURN = 6  # two control tokens, the role and the newlines
 
 
 @dataclass
@@ -50,8 +53,15 @@ class VLMDataset(Dataset):
     ):
         self.processor, self.max_length = processor, max_length
         self.images_root = str(images_path.resolve()) if images_path else ""
-        self.rows = load_rows(paths, images_path)
         self.features = features
+        self.rows = load_rows(paths, images_path)
+        self.tokens = self.rows.map(
+            _count_tokens,
+            batched=True,
+            fn_kwargs={"tokenizer": processor.tokenizer},
+            remove_columns=self.rows.column_names,
+            desc="counting tokens",
+        )  # kept in the cache of `datasets`, beside the rows
 
     def image_paths(self) -> Iterator[tuple[str, str]]:
         """(path, row it stands in) of every image of every row."""
@@ -62,12 +72,10 @@ class VLMDataset(Dataset):
         return len(self.rows)
 
     def lengths(self) -> np.ndarray:
-        """(len(self),) int64: estimated tokens of each row, placeholders included."""
-        table = self.rows.data
-        images = np.diff(table.column("images").combine_chunks().offsets.to_numpy())
-        text = table.column("text_tokens").to_numpy()
-        lengths = text + images.astype(np.int64) * self.processor.tokens_per_image
-        return np.minimum(lengths, self.max_length)
+        """(len(self),) int64: tokens of each row, placeholders included; off by a few at the seams."""
+        counts = self.tokens.data.table
+        text, images = (counts.column(name).to_numpy() for name in ("text", "images"))
+        return np.minimum(text + images * self.processor.tokens_per_image, self.max_length)
 
     def __getitem__(self, index: int) -> Sample:
         row = self.rows[index]
@@ -101,6 +109,14 @@ class VLMDataset(Dataset):
         """The ids of one image: P times the placeholder."""
         processor = self.processor
         return [processor.placeholder_id] * processor.tokens_per_image
+
+
+def _count_tokens(rows: dict[str, list], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
+    """Tokens of each row's text, with those around its turns, and its number of images."""
+    texts = [text.replace(IMAGE_MARKER, "") for contents in rows["contents"] for text in contents]
+    counts = iter([len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]])
+    text = [sum(next(counts) + TOKENS_AROUND_A_TURN for _ in contents) for contents in rows["contents"]]
+    return {"text": text, "images": [len(images) for images in rows["images"]]}
 
 
 def cut(

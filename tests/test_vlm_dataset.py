@@ -69,10 +69,12 @@ def test_a_row_cut_before_its_answer_has_nothing_to_learn(data, processor):
     assert samples[0].pixel_values is None or samples[0].input_ids.count(34) == 4
 
 
-def test_lengths_are_close_to_the_real_ones(data, processor):
-    samples = VLMDataset([data / "dialogues.jsonl"], processor, 512, data / "images")
-    real = [len(samples[i].input_ids) for i in range(len(samples))]
-    assert np.corrcoef(samples.lengths(), real)[0, 1] > 0.8
+@pytest.mark.parametrize("name", ["dialogues", "captions", "texts"])
+def test_lengths_are_close_to_the_real_ones(data, processor, name):
+    samples = VLMDataset([data / f"{name}.jsonl"], processor, 512, data / "images")
+    real = np.array([len(samples[i].input_ids) for i in range(len(samples))])
+    gap = real - samples.lengths()  # of all rows alike: the default system turn, for instance
+    assert gap.max() - gap.min() <= 3
 
 
 def test_unreadable_image_is_named(data, processor):

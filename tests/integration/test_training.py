@@ -63,9 +63,15 @@ def test_three_stages_build_on_each_other(data, tmp_path, run):
     )
     run("train_sft_vlm.py", *sizes, *common, "--data_path", data / "dialogues.jsonl", "--max_steps", 1)
 
-    # proj_last: of the language model, the last layer alone
+    # proj_last: of the language model, the last layer alone; and the projection
     moved = changed(out / "lm_64.pth", out / "pretrain_vlm_64.pth")
-    assert moved and all(key.startswith("model.layers.1.") for key in moved)
+    assert moved == {key for key in weights(out / "lm_64.pth") if key.startswith("model.layers.1.")}
+    again = [*common, "--out_dir", tmp_path / "again", "--data_path", data / "captions.jsonl"]
+    base = out / "pretrain_vlm_64.pth"
+    run("train_pretrain_vlm.py", *TINY, *again, "--from_weight", base, "--max_steps", 1)
+    moved = changed(base, tmp_path / "again/pretrain_vlm_64.pth")
+    learns = ("model.layers.1.", "vision_proj.")
+    assert moved == {key for key in weights(base) if key.startswith(learns)}
     # proj_llm: everything
     moved = changed(out / "pretrain_vlm_64.pth", out / "sft_vlm_64.pth")
     assert moved == weights(out / "sft_vlm_64.pth").keys()
