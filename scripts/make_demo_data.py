@@ -158,9 +158,11 @@ class Speaker:
         """The caption as the beginning of a text that goes on."""
         return self.caption(scene) + ("。" if self.language == "zh" else ". ")
 
-    def ask(self, rng: np.random.Generator, kind: str, scene: list[Thing]) -> tuple[str, str]:
-        """A question of this kind about one of the things, and its answer."""
-        thing = scene[rng.integers(len(scene))]
+    def ask(
+        self, rng: np.random.Generator, kind: str, scene: list[Thing], thing: Thing | None = None
+    ) -> tuple[str, str]:
+        """A question of this kind about `thing`, or any of the scene's, and its answer."""
+        thing = thing or scene[rng.integers(len(scene))]
         name = self.names[thing.name]
         words = {"thing": name}
         answer = name
@@ -198,12 +200,25 @@ def caption_turn(rng: np.random.Generator, speaker: Speaker, scene: list[Thing])
 
 
 def dialogue_row(rng: np.random.Generator, speakers: list[Speaker], image: str, scene: list[Thing]) -> dict:
-    """Three questions, and a quarter of the time the caption somewhere among them."""
+    """A quarter of the time the caption; otherwise questions that each need a look at the picture."""
     speaker = speakers[rng.integers(len(speakers))]
-    turns = questions_about(rng, speaker, scene, 3)
     if rng.random() < 0.25:
-        turns.insert(int(rng.integers(4)), caption_turn(rng, speaker, scene))
-    return row(turns, image)
+        return row([caption_turn(rng, speaker, scene)], image)
+    return row(looks(rng, speaker, scene), image)
+
+
+def looks(rng: np.random.Generator, speaker: Speaker, scene: list[Thing]) -> list[tuple[str, str]]:
+    """Questions whose answers no earlier turn gives away: those teach nothing about seeing."""
+    if scene[0].cell is None:
+        kinds = ["kindof"] * int(rng.random() < 0.5) + [rng.choice(["this", "either"])]
+        return [speaker.ask(rng, kind, scene) for kind in kinds]
+    turns = []
+    for thing in rng.permutation(len(scene)):
+        kind = rng.choice(["what", "where", "kind", "which"], p=[0.3, 0.3, 0.25, 0.15])
+        turns.append(speaker.ask(rng, kind, scene, scene[thing]))
+    if rng.random() < 0.5:
+        turns.insert(int(rng.integers(len(turns) + 1)), speaker.ask(rng, "count", scene))
+    return turns
 
 
 def questions_about(
