@@ -45,8 +45,10 @@ class ConvertFlags:
     out: str = field(metadata={"help": "folder to write; with --to_torch the .pth to write"})
     weight: str | None = optional_flag("the .pth to convert, or the name of one in out/")
     to_torch: str | None = optional_flag("the folder to turn back into a .pth and its .json")
-    vision_model_path: str | None = optional_flag("image encoder; default: the one of the weights' sidecar")
-    tokenizer_path: str | None = optional_flag("tokenizer; default: the one of the weights' sidecar")
+    vision_model_path: str | None = optional_flag(
+        "image encoder; if not given: the one of the weights' sidecar"
+    )
+    tokenizer_path: str | None = optional_flag("tokenizer; if not given: the one of the weights' sidecar")
 
     def __post_init__(self):
         if (self.weight is None) == (self.to_torch is None):

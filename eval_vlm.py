@@ -46,14 +46,14 @@ class EvalFlags:
 
     weight: str | None = optional_flag(
         "a .pth, the name of one in out/, or an exported folder; "
-        f"default: {PUBLISHED_NAME}, else the newest sft_vlm_*.pth in {DEMO_FOLDER}/"
+        f"if not given: {PUBLISHED_NAME}, else the newest sft_vlm_*.pth in {DEMO_FOLDER}/"
     )
     image: list[str] = field(
         default_factory=list,
         metadata={"help": "picture to ask about; several are one question", "action": "extend"},
     )
     image_dir: str | None = optional_flag(
-        f"folder whose pictures are asked about one by one; default: {SHIPPED_PICTURES}"
+        f"folder whose pictures are asked about one by one; if not given: {SHIPPED_PICTURES}"
     )
     prompt: str = flag("Describe the picture.", "question about --image or --image_dir")
     data_path: str | None = optional_flag("JSONL or JSON file whose questions are asked instead")
@@ -67,10 +67,10 @@ class EvalFlags:
     max_new_tokens: int = flag(512, "longest answer in tokens; --score stops by the file's own answers")
     stream: bool = flag(False, "print an answer while it is generated")
     vision_model_path: str | None = optional_flag(
-        "folder of the image encoder of a .pth; default: what it was trained with"
+        "folder of the image encoder of a .pth; if not given: what it was trained with"
     )
-    tokenizer_path: str | None = optional_flag("folder of its tokenizer; default: likewise")
-    device: str | None = optional_flag("cuda, cuda:1, mps or cpu; default: the best there is")
+    tokenizer_path: str | None = optional_flag("folder of its tokenizer; if not given: likewise")
+    device: str | None = optional_flag("cuda, cuda:1, mps or cpu; if not given: the best there is")
     dtype: str = flag(
         "auto", "precision of the forward pass; auto is bfloat16 where the hardware has it", DTYPES
     )

@@ -34,7 +34,8 @@ def load_rows(paths: list[Path], images_path: Path | None = None) -> Dataset:
     stamps = []
     for path in paths:
         if not path.is_file():
-            raise DataError(f"{path}: no such data file")
+            found = "is a folder" if path.is_dir() else "does not exist"
+            raise DataError(f"{path} {found}, expected a JSONL or JSON file")
         stamps.append([str(path.resolve()), path.stat().st_mtime_ns, path.stat().st_size])
     root = str(images_path.resolve()) if images_path else ""
     try:
@@ -70,7 +71,7 @@ def _read(stamps: list[list], images_root: str) -> Iterator[dict]:
 
 def _raw_rows(path: Path) -> Iterator[tuple[str, dict]]:
     """`(file:line, row)` of a JSONL file, or `(file[index], row)` of a JSON file that holds a list."""
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:  # a line ends at b"\n" alone; json decodes it
         if path.suffix == ".json":
             try:
                 rows = json.load(file)
@@ -86,7 +87,7 @@ def _raw_rows(path: Path) -> Iterator[tuple[str, dict]]:
             try:
                 yield f"{path.name}:{number}", json.loads(line)
             except ValueError as error:
-                raise DataError(f"{path.name}:{number}: not JSON ({error}): {line.strip()[:60]!r}") from None
+                raise DataError(f"{path.name}:{number}: not JSON ({error})") from None
 
 
 def normalise_row(row: dict, where: str) -> dict:
@@ -100,6 +101,8 @@ def normalise_row(row: dict, where: str) -> dict:
         raise DataError(f"{where}: 'image' must be a path or a list of paths, found {images!r}")
     if isinstance(row.get("text"), str) and "conversations" not in row:
         roles, contents = [], [row["text"]]
+        if images:
+            raise DataError(f"{where}: a 'text' row has no images, found {images!r}")
     else:
         roles, contents = _turns(row, where)
         _check_turns(roles, contents, len(images), where)

@@ -84,6 +84,8 @@ class VLMDataset(Dataset):
         except ValueError as error:
             raise DataError(f"{row['where']}: {error}") from None
         images = row["images"]
+        if images and self.processor.image_processor is None:
+            raise DataError(f"{row['where']}: has images, but only text can be trained on here")
         input_ids, labels, kept = cut(input_ids, labels, self.max_length, len(images), self._placeholder)
         paths = [resolve_image(image, self.images_root) for image in images[:kept]]
         if not paths:

@@ -110,7 +110,7 @@ class MiniMindVLM(MiniMindForCausalLM):
             )
             # Without a named backend the result depends on whether torchvision is installed.
             processor = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:  # a damaged safetensors file has an exception type of its own
             raise ValueError(
                 f"{folder} is not a usable vision encoder: {str(error).splitlines()[0]}"
             ) from error

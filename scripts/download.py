@@ -121,7 +121,7 @@ def plan_clip(arguments: argparse.Namespace) -> Item:
 
 
 def plan_lm(arguments: argparse.Namespace) -> Item:
-    return plan_weights("lm", ["lm_512.pth"], arguments.out_dir)
+    return plan_weights("lm", ["lm_512.pth", "llm_512.pth"], arguments.out_dir)
 
 
 def plan_vlm(arguments: argparse.Namespace) -> Item:
@@ -130,7 +130,9 @@ def plan_vlm(arguments: argparse.Namespace) -> Item:
 
 def plan_weights(name: str, patterns: list[str], out_dir: Path) -> Item:
     tokenizer_dir = out_dir / "minimind2-tokenizer"
-    weights = list_files(WEIGHTS_REPO, out_dir, patterns)
+    weights = list_files(WEIGHTS_REPO, out_dir, optional=patterns)
+    if not weights:
+        raise ValueError(f"{WEIGHTS_REPO} at {constants.ENDPOINT} has no {' or '.join(patterns)}")
     tokenizer = list_files(
         TOKENIZER_REPO,
         tokenizer_dir,

@@ -2,6 +2,7 @@
 
 import errno
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from trainer.checkpoint import (
     write_atomically,
 )
 from trainer.cli import UserError
-from trainer.setup import build_vlm, load_base, load_tokenizer, load_vlm
+from trainer.setup import build_vlm, find_weight, load_base, load_tokenizer, load_vlm
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 
@@ -167,6 +168,22 @@ def test_encoder_that_is_not_there_or_not_one_is_named(tmp_path, tokenizer):
         build_vlm(SIZES, str(tmp_path / "clip"), tokenizer)
     with pytest.raises(UserError, match="not a vision encoder"):
         build_vlm(SIZES, str(ROOT / "model/tokenizer"), tokenizer)
+
+
+def test_a_damaged_encoder_is_named(tmp_path, tokenizer):
+    for file in TINY_ENCODER.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes()[:50_000])
+    with pytest.raises(UserError, match="is not a usable vision encoder"):
+        build_vlm(SIZES, str(tmp_path), tokenizer)
+
+
+def test_a_wrong_path_is_not_taken_for_a_name(saved, tmp_path, monkeypatch):
+    _, path = saved
+    (tmp_path / "out").mkdir()
+    path.rename(tmp_path / "out/mine.pth")
+    monkeypatch.chdir(tmp_path)
+    assert find_weight("mine") == find_weight("mine.pth") == Path("out/mine.pth")
+    assert find_weight("elsewhere/mine.pth") == Path("elsewhere/mine.pth")
 
 
 def test_projection_is_fresh_when_the_base_is_a_language_model(saved, tokenizer):

@@ -94,7 +94,7 @@ def test_max_steps_cuts_epochs_short():
         ({"max_steps": 0}, "--max_steps must be above 0"),
         ({"learning_rate": -1.0}, "--learning_rate must be above 0"),
         ({"num_workers": -1}, "--num_workers must not be negative"),
-        ({"hidden_size": 100}, "--hidden_size 100 is not a multiple of --num_attention_heads 8"),
+        ({"hidden_size": 100}, "--hidden_size 100 is not a multiple of twice --num_attention_heads 8"),
         ({"num_key_value_heads": 3}, "is not a multiple of --num_key_value_heads 3"),
         ({"data_path": []}, "--data_path is needed"),
     ],

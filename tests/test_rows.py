@@ -55,6 +55,7 @@ def test_a_changed_file_is_read_again(data):
             json.dumps({"image": "gone.png", "conversations": TURNS}),
             r"image 'gone.png' not found below '.*images'",
         ),
+        (json.dumps({"image": "0.png", "text": "x"}), "a 'text' row has no images, found"),
         (
             json.dumps({"image": 7, "conversations": TURNS}),
             "'image' must be a path or a list of paths, found 7",
@@ -69,9 +70,17 @@ def test_bad_row_is_named(data, line, message):
     assert "rows.jsonl:2" in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_file_that_is_not_text_is_named(tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(b"PAR1\xff\xfe\n")
+    with pytest.raises(DataError, match=r"rows.jsonl:1: not JSON"):
+        load_rows([tmp_path / "rows.jsonl"])
+
+
 def test_missing_and_empty_files_are_named(tmp_path):
-    with pytest.raises(DataError, match=r"gone.jsonl: no such data file"):
+    with pytest.raises(DataError, match=r"gone.jsonl does not exist, expected a JSONL or JSON file"):
         load_rows([tmp_path / "gone.jsonl"])
+    with pytest.raises(DataError, match="is a folder, expected a JSONL or JSON file"):
+        load_rows([tmp_path])
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(DataError, match=r"empty.jsonl: no rows"):
         load_rows([tmp_path / "empty.jsonl"])

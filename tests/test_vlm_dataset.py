@@ -9,7 +9,7 @@ from PIL import Image
 from dataset.errors import DataError
 from dataset.images import open_image
 from dataset.vlm_dataset import VLMDataset, cut
-from model.processing_vlm import IGNORE_INDEX
+from model.processing_vlm import IGNORE_INDEX, MiniMindVLMProcessor
 
 RUN = [34] * 4
 
@@ -60,6 +60,16 @@ def test_text_rows_learn_everything(data, processor):
     sample = VLMDataset([data / "texts.jsonl"], processor, 512)[1]
     assert sample.input_ids[0] == 1 and sample.input_ids[-1] == 2
     assert sample.labels == sample.input_ids
+
+
+def test_the_text_stage_has_no_use_for_images(data, processor):
+    text_only = MiniMindVLMProcessor(None, processor.tokenizer)
+    samples = VLMDataset([data / "dialogues.jsonl"], text_only, 512, data / "images")
+    assert samples[0].supervised  # a row without images
+    with pytest.raises(
+        DataError, match=r"dialogues.jsonl:2: has images, but only text can be trained on here"
+    ):
+        samples[1]
 
 
 def test_a_row_cut_before_its_answer_has_nothing_to_learn(data, processor):

@@ -48,7 +48,7 @@ class TrainingFlags:
     max_seq_len: int = flag(640, "longest row in tokens, images included; longer rows are cut in their text")
     trainable: str = flag("proj_llm", "which weights learn", TRAINABLE)
     from_weight: str | None = optional_flag(
-        "weights to start from, or 'none'; default: what the stage before wrote"
+        "weights to start from, or 'none'; if not given: what the stage before wrote"
     )
     hidden_size: int = flag(512, "width of the language model")
     num_hidden_layers: int = flag(8, "layers of the language model")
@@ -62,7 +62,7 @@ class TrainingFlags:
         "folder for the encoder's outputs: encode each image only once"
     )
     tokenizer_path: str = flag("model/tokenizer", "folder of the tokenizer")
-    device: str | None = optional_flag("cuda, cuda:1, mps or cpu; default: the best there is")
+    device: str | None = optional_flag("cuda, cuda:1, mps or cpu; if not given: the best there is")
     dtype: str = flag(
         "auto", "precision of the forward pass; auto is bfloat16 where the hardware has it", DTYPES
     )
@@ -86,9 +86,9 @@ class TrainingFlags:
         for name in NOT_NEGATIVE:
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} must not be negative, found {getattr(self, name)}")
-        if self.hidden_size % self.num_attention_heads:
+        if self.hidden_size % (2 * self.num_attention_heads):  # RoPE turns pairs
             raise ValueError(
-                f"--hidden_size {self.hidden_size} is not a multiple of "
+                f"--hidden_size {self.hidden_size} is not a multiple of twice "
                 f"--num_attention_heads {self.num_attention_heads}"
             )
         if self.num_attention_heads % self.num_key_value_heads:

@@ -7,6 +7,7 @@ import contextlib
 import os
 import random
 import signal
+import sys
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +17,9 @@ import torch.distributed as dist
 from trainer.cli import UserError
 
 STOP_SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
+# If DDP is the last to let go of a group, it joins the group's threads while it holds the interpreter's lock,
+# which they need to end: a deadlock.
+_kept_groups: list = []
 
 
 @dataclass
@@ -74,6 +78,7 @@ def runtime(device: str | None, seed: int):
     chosen = _device(device)
     if world_size > 1:
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        _kept_groups.append(dist.group.WORLD)
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002  libraries draw from it
     torch.manual_seed(seed)
@@ -124,4 +129,5 @@ def peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -68,10 +68,12 @@ def train(
             done = step == total_steps or totals["stop_code"]
             if done or step % flags.log_interval == 0:
                 metrics.report(step, epoch, rate, float(norm))
-            if eval_samples is not None and (done or step % flags.eval_interval == 0):
-                metrics.write({"step": step, "epoch": epoch, **evaluate(model, eval_samples, flags, runtime)})
-            if runtime.is_main and (done or step % flags.save_interval == 0):
-                save(step)
+            with metrics.paused():
+                if eval_samples is not None and (done or step % flags.eval_interval == 0):
+                    found = evaluate(model, eval_samples, flags, runtime)
+                    metrics.write({"step": step, "epoch": epoch, **found})
+                if runtime.is_main and (done or step % flags.save_interval == 0):
+                    save(step)
             if totals["stop_code"]:
                 return totals["stop_code"]
             if done:

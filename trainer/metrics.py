@@ -1,7 +1,10 @@
 """What a run reports: the progress bar, `metrics.jsonl` and the tracker; only the main process writes."""
 
+import contextlib
 import json
+import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +78,16 @@ class Metrics:
         self.interval_start = now
         self.sums = dict.fromkeys(SUMMED, 0.0)
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside (evaluation, saving) does not count in the rates."""
+        start = time.perf_counter()
+        yield
+        self.interval_start += time.perf_counter() - start
+
     def write(self, record: dict[str, Any]) -> None:
         """Appends a line and sends it to the tracker."""
+        record = {k: v if math.isfinite(v) else None for k, v in record.items()}  # JSON has no infinity
         if self.file:
             self.file.write(json.dumps(record) + "\n")
             self.file.flush()

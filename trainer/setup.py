@@ -11,7 +11,7 @@ from transformers import AutoImageProcessor, PreTrainedTokenizerBase, PreTrained
 
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.model_vlm import MiniMindVLM, VLMConfig, load_weights
-from model.processing_vlm import MiniMindVLMProcessor
+from model.processing_vlm import PLACEHOLDER, MiniMindVLMProcessor
 from trainer.checkpoint import SIZES, Sidecar, check_sizes, check_tokenizer, load_weights_file, weight_name
 from trainer.cli import UserError, user_errors
 
@@ -35,7 +35,10 @@ def build_vlm(
     """A model with fresh weights and the encoder of `vision_model_path`, and the processor that goes with
     it."""
     with user_errors():
-        model = MiniMindVLM(VLMConfig(**config | special_ids(tokenizer)), vision_model_path)
+        placeholder = {
+            "image_ids": [tokenizer.convert_tokens_to_ids(PLACEHOLDER)]
+        }  # the encoder sets how many
+        model = MiniMindVLM(VLMConfig(**config | special_ids(tokenizer) | placeholder), vision_model_path)
     return model, MiniMindVLMProcessor(
         model.processor, tokenizer, tokens_per_image=len(model.config.image_ids)
     )
@@ -45,7 +48,8 @@ def build_lm(
     config: dict[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[MiniMindForCausalLM, MiniMindVLMProcessor]:
     """A language model with fresh weights, and a processor that knows no images."""
-    model = MiniMindForCausalLM(MiniMindConfig(**config | special_ids(tokenizer)))
+    with user_errors():
+        model = MiniMindForCausalLM(MiniMindConfig(**config | special_ids(tokenizer)))
     return model, MiniMindVLMProcessor(None, tokenizer)
 
 
@@ -78,7 +82,8 @@ def find_weight(weight: str) -> Path:
     """A path as it is; the name of a `.pth` in `out/` as the path of that."""
     path = Path(weight)
     named = Path("out") / f"{path.name.removesuffix('.pth')}.pth"
-    return named if not path.exists() and named.is_file() else path
+    is_name = path.parent == Path() and not path.exists()
+    return named if is_name and named.is_file() else path
 
 
 def load_export(folder: Path) -> tuple[MiniMindVLM, MiniMindVLMProcessor]:
@@ -118,9 +123,9 @@ def load_base(
     UserError where sizes or tokenizer do not agree. Returns the file's sidecar.
     """
     state, sidecar = load_weights_file(path)
-    check_sizes(sidecar, {name: getattr(model.config, name) for name in SIZES}, path)
     if warning := check_tokenizer(sidecar, tokenizer, path, tokenizer_asked):
         log.warning("warning: %s", warning)
+    check_sizes(sidecar, {name: getattr(model.config, name) for name in SIZES}, path)
     if not any(key.startswith("vision_proj.") for key in state):
         state |= {k: v for k, v in model.state_dict().items() if k.startswith("vision_proj.")}
     with user_errors(str(path)):

@@ -79,9 +79,7 @@ def run_stage(flags: TrainingFlags, stage: str, bases: tuple[str, ...]) -> int:
                 flags,
                 run,
                 metrics,
-                lambda step: save_weights(
-                    path, model, describe(model, tokenizer, stage, step, flags.as_dict())
-                ),
+                save,
             )
         finally:
             metrics.close()
