@@ -33,11 +33,21 @@ def main() -> None:
     for kind, accuracy in report["by_kind"].items():
         line(kind, report["by_kind_seen"][kind], accuracy, blanks[kind], majority[kind])
     line("mean", report["accuracy_seen"], report["accuracy"], report["blank"], report["majority"])
+    examples(unseen["questions"])
     print(
         f"The encoder alone names {report['encoder']:.2f} of the unseen artist's drawings, "
         f"{report['encoder_large']:.2f} of the large ones."
     )
     print(f"{sum(report['seconds'].values())} seconds in all: {report['seconds']}")
+
+
+def examples(questions: list[dict]) -> None:
+    """One question of each kind, in both languages by turns; the file's order is kinds within languages."""
+    print("Some answers about the unseen artist's drawings:")
+    for number in range(8):
+        row = questions[8 * number + number]
+        verdict = "right" if row["correct"] else f"should be: {row['expected']}"
+        print(f"  {row['question']}  {row['answer']}  ({verdict})")
 
 
 def line(name: str, *shares: float) -> None:

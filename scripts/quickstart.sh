@@ -30,7 +30,7 @@ stage() {
 
 model="--hidden_size $hidden --num_hidden_layers 4 --num_attention_heads 4 --num_key_value_heads 2"
 common="$model --out_dir $out --batch_size 16 --learning_rate 3e-3 --warmup_iters 50 --num_workers 1 --epochs 100"
-images="--images_path $data --vision_model_path model/vision_model/demo-encoder"
+images="--images_path $data --vision_model_path model/vision_model/demo-encoder --cache_features $out/features"
 score="eval_vlm.py --weight $out/sft_vlm_$hidden.pth --images_path $data --score"
 
 stage data scripts/make_demo_data.py --out_dir $data
@@ -47,6 +47,6 @@ step "report" .venv/bin/python scripts/demo_report.py --out_dir $out
 cat <<END
 
 Ask it yourself:
-  .venv/bin/python eval_vlm.py --weight $out/sft_vlm_$hidden.pth --image dataset/eval_images/PICTURE --prompt "What is this?"
+  .venv/bin/python eval_vlm.py --weight $out/sft_vlm_$hidden.pth --image dataset/eval_images/drawing_tiger.png --prompt "What is this?"
 Its transformers folder is $out/hf, all figures are in $out/report.json.
 END
