@@ -65,17 +65,18 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             step += 1
             metrics.step(**sums)
-            done = step == total_steps or totals["stop_code"]
+            stop_code = totals["stop_code"]
+            done = step == total_steps or stop_code
             if done or step % flags.log_interval == 0:
                 metrics.report(step, epoch, rate, float(norm))
             with metrics.paused():
-                if eval_samples is not None and (done or step % flags.eval_interval == 0):
+                if eval_samples is not None and not stop_code and (done or step % flags.eval_interval == 0):
                     found = evaluate(model, eval_samples, flags, runtime)
                     metrics.write({"step": step, "epoch": epoch, **found})
                 if runtime.is_main and (done or step % flags.save_interval == 0):
                     save(step)
-            if totals["stop_code"]:
-                return totals["stop_code"]
+            if stop_code:
+                return stop_code
             if done:
                 break
     return 0
