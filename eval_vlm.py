@@ -18,7 +18,7 @@ from dataset.rows import load_rows
 from model.model_vlm import MiniMindVLM
 from model.processing_vlm import MiniMindVLMProcessor
 from trainer.arguments import DTYPES, flag, optional_flag
-from trainer.checkpoint import write_atomically
+from trainer.checkpoint import write_file
 from trainer.cli import UserError, parse_flags, run_main, user_errors
 from trainer.distributed import resolve_dtype, runtime
 from trainer.evaluation import (
@@ -173,7 +173,7 @@ def score_file(
         report |= {"blank_images": flags.blank_images, "weight": weight, "data_path": flags.data_path}
         report["questions"] = answered  # last, because they are long
         text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
-        write_atomically(Path(flags.report), lambda file: file.write(text.encode()))
+        write_file(Path(flags.report), lambda file: file.write(text.encode()))
 
 
 def find_questions(flags: EvalFlags) -> Iterator[Question]:

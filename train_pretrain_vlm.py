@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 
-from trainer.arguments import TRAINABLE, TrainingFlags, flag
+from trainer.arguments import TRAINABLE, VLMTrainingFlags, flag
 from trainer.cli import parse_flags, run_main
 from trainer.stage import run_stage
 
 
 @dataclass
-class PretrainFlags(TrainingFlags):
+class PretrainFlags(VLMTrainingFlags):
     data_path: list[str] = flag(["dataset/pretrain_data.jsonl"], "JSONL or JSON files with the captions")
     images_path: str = flag("dataset/pretrain_images", "folder that relative image paths start from")
     epochs: int = flag(4, "passes over the data")

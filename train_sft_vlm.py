@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 
-from trainer.arguments import TrainingFlags, flag
+from trainer.arguments import VLMTrainingFlags, flag
 from trainer.cli import parse_flags, run_main
 from trainer.stage import run_stage
 
 
 @dataclass
-class SFTFlags(TrainingFlags):
+class SFTFlags(VLMTrainingFlags):
     data_path: list[str] = flag(["dataset/sft_data.jsonl"], "JSONL or JSON files with the dialogues")
     images_path: str = flag("dataset/sft_images", "folder that relative image paths start from")
     epochs: int = flag(2, "passes over the data")

@@ -7,9 +7,8 @@ image, W the encoder's width.
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from dataset.errors import DataError
+from dataset.files import write_atomically
 from dataset.images import open_image
 from model.model_vlm import MiniMindVLM
 from model.processing_vlm import MiniMindVLMProcessor
@@ -32,20 +32,27 @@ class FeatureCache:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.shards: dict[str, np.ndarray] = {}
+        self.shards: dict[str, np.ndarray] = {}  # opened when asked for
+        self.listed: set[str] = set()
         self.places: dict[str, tuple[str, int]] = {}  # digest of an image file -> shard and row
         self.digests: dict[str, str] = {}  # path -> digest
 
     def __getitem__(self, path: str) -> torch.Tensor:
         """(P, W) fp16 of a picture that `find_missing` has been asked about."""
         shard, row = self.places[self.digests[path]]
+        if shard not in self.shards:
+            self.shards[shard] = np.load(self.folder / f"{shard}.npy", mmap_mode="r")
         return torch.from_numpy(self.shards[shard][row].copy())
+
+    def __getstate__(self) -> dict:
+        """For worker processes that are not forked: pickling a memory map would copy all of it."""
+        return {**self.__dict__, "shards": {}}
 
     def read_shards(self) -> None:
         """Takes note of the shards that are complete, other processes' included."""
         for listing in self.folder.glob("[!.]*.json"):
-            if listing.stem not in self.shards:
-                self.shards[listing.stem] = np.load(listing.with_suffix(".npy"), mmap_mode="r")
+            if listing.stem not in self.listed:
+                self.listed.add(listing.stem)
                 for row, digest in enumerate(json.loads(listing.read_text())):
                     self.places[digest] = listing.stem, row
 
@@ -62,16 +69,14 @@ class FeatureCache:
 
     def write_shard(self, digests: list[str], features: np.ndarray) -> None:
         name = hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
-        self._write(f"{name}.npy", lambda file: np.save(file, features))
-        self._write(f"{name}.json", lambda file: file.write(json.dumps(digests).encode()))
+        write_atomically(self.folder / f"{name}.npy", lambda file: np.save(file, features))
+        write_atomically(self.folder / f"{name}.json", lambda file: file.write(json.dumps(digests).encode()))
 
-    def _write(self, name: str, write: Callable) -> None:
-        temporary = self.folder / f".{name}.{os.getpid()}"
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.folder / name)
+    def check_complete(self) -> None:
+        """OSError if a picture that was asked about has no features: another rank wrote them elsewhere."""
+        self.read_shards()
+        if lacking := sum(digest not in self.places for digest in self.digests.values()):
+            raise OSError(f"{self.folder} lacks {lacking} pictures: all ranks must share --cache_features")
 
 
 def open_feature_cache(folder: Path, model: MiniMindVLM, processor: MiniMindVLMProcessor) -> FeatureCache:
@@ -94,7 +99,8 @@ def encode_missing(
     rank: int = 0,
     world_size: int = 1,
 ) -> None:
-    """Encodes this rank's share of the pictures that `cache` lacks; `read_shards` once all ranks are through.
+    """Encodes this rank's share of the pictures that `cache` lacks; `check_complete` once all ranks are
+    through.
 
     DataError for a picture that cannot be read, OSError where the disk is too small.
     """

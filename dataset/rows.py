@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import datasets.config
 from datasets import Dataset, Features, List, Value
 from datasets.exceptions import DatasetGenerationError
 
@@ -45,6 +46,9 @@ def load_rows(paths: list[Path], images_path: Path | None = None) -> Dataset:
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, DataError):
             raise error.__cause__ from None
+        if isinstance(error.__cause__, OSError):
+            cache = datasets.config.HF_DATASETS_CACHE
+            raise DataError(f"cannot write to HF_DATASETS_CACHE {cache}: {error.__cause__}") from None
         raise
 
 
@@ -75,7 +79,7 @@ def _raw_rows(path: Path) -> Iterator[tuple[str, dict]]:
         if path.suffix == ".json":
             try:
                 rows = json.load(file)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{path.name}: not JSON ({error})") from None
             if not isinstance(rows, list):
                 raise DataError(f"{path.name}: expected a list of rows, found {type(rows).__name__}")
@@ -86,7 +90,7 @@ def _raw_rows(path: Path) -> Iterator[tuple[str, dict]]:
                 continue
             try:
                 yield f"{path.name}:{number}", json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{path.name}:{number}: not JSON ({error})") from None
 
 
@@ -124,16 +128,26 @@ def _turns(row: dict, where: str) -> tuple[list[str], list[str]]:
         if not isinstance(turn, dict):
             raise DataError(f"{where}: turn {number} is not an object with 'role' and 'content'")
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        role = LLAVA_ROLES.get(role, role)
+        role = LLAVA_ROLES.get(role, role) if isinstance(role, str) else role
         if role not in ROLES:
             raise DataError(
                 f"{where}: turn {number}: unknown role {role!r}, expected one of {', '.join(ROLES)}"
             )
         if not isinstance(content, str):
             raise DataError(f"{where}: turn {number}: 'content' must be text, found {content!r}")
+        if not _is_unicode(content):
+            raise DataError(f"{where}: turn {number}: 'content' has half of a surrogate pair")
         roles.append(role)
         contents.append(content)
     return roles, contents
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_turns(roles: list[str], contents: list[str], images: int, where: str) -> None:

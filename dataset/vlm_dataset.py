@@ -49,11 +49,10 @@ class VLMDataset(Dataset):
         processor: MiniMindVLMProcessor,
         max_length: int,
         images_path: Path | None = None,
-        features: FeatureCache | None = None,
     ):
         self.processor, self.max_length = processor, max_length
         self.images_root = str(images_path.resolve()) if images_path else ""
-        self.features = features
+        self.features: FeatureCache | None = None  # set it to read features instead of pictures
         self.rows = load_rows(paths, images_path)
         self.tokens = self.rows.map(
             _count_tokens,
@@ -62,6 +61,10 @@ class VLMDataset(Dataset):
             remove_columns=self.rows.column_names,
             desc="counting tokens",
         )  # kept in the cache of `datasets`, beside the rows
+        with_images = np.flatnonzero(self.tokens.data.table.column("images").to_numpy())
+        if processor.image_processor is None and len(with_images):
+            where = self.rows[int(with_images[0])]["where"]
+            raise DataError(f"{where}: has images, but only text can be trained on here")
 
     def image_paths(self) -> Iterator[tuple[str, str]]:
         """(path, row it stands in) of every image of every row."""
@@ -84,8 +87,6 @@ class VLMDataset(Dataset):
         except ValueError as error:
             raise DataError(f"{row['where']}: {error}") from None
         images = row["images"]
-        if images and self.processor.image_processor is None:
-            raise DataError(f"{row['where']}: has images, but only text can be trained on here")
         input_ids, labels, kept = cut(input_ids, labels, self.max_length, len(images), self._placeholder)
         paths = [resolve_image(image, self.images_root) for image in images[:kept]]
         if not paths:

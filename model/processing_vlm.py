@@ -246,7 +246,12 @@ def _as_text(content: str | list[dict] | None) -> str:
     """A message's content as one string; image parts become `<image>`, each on a line of its own."""
     if isinstance(content, str):
         return content
-    texts = [IMAGE_MARKER if part.get("type") == "image" else part.get("text", "") for part in content or []]
+    texts = []
+    for part in content or []:
+        kind = part.get("type", "text")
+        if kind not in ("image", "text"):
+            raise ValueError(f"a message has a part of type {kind!r}, expected 'text' or 'image'")
+        texts.append(IMAGE_MARKER if kind == "image" else part["text"])
     return "\n".join(texts)
 
 

@@ -24,6 +24,7 @@ KINDS = LARGE_KINDS + SMALL_KINDS
 SPLITS = ("images", "images_val", "images_seen", "images_unseen")  # folders, and streams of random numbers
 VALIDATION_ROWS = 200
 TEXTS_PER_PICTURE = 2
+DIALOGUES_PER_PICTURE = 3  # new questions cost nothing, and keep it from learning answers by heart
 PICTURES_PER_TASK = 1000
 
 
@@ -32,7 +33,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out_dir", type=Path, required=True, help="folder to write (replaced as a whole)")
-    parser.add_argument("--pictures", type=int, default=12000, help="training pictures")
+    parser.add_argument("--pictures", type=int, default=20000, help="training pictures")
     parser.add_argument("--questions", type=int, default=1000, help="questions of each of the two tests")
     parser.add_argument("--seed", type=int, default=1337, help="of everything random")
     args = parser.parse_args()
@@ -83,9 +84,8 @@ def write_all(out_dir: Path, pictures: int, questions: int, seed: int) -> None:
     write_rows(
         out_dir / "pretrain.jsonl", [caption_row(rng, speakers, *item) for item in named(scenes, "images")]
     )
-    write_rows(
-        out_dir / "sft.jsonl", [dialogue_row(rng, speakers, *item) for item in named(scenes, "images")]
-    )
+    pictures_shown = [item for item in named(scenes, "images") for _ in range(DIALOGUES_PER_PICTURE)]
+    write_rows(out_dir / "sft.jsonl", [dialogue_row(rng, speakers, *item) for item in pictures_shown])
     write_rows(
         out_dir / "val.jsonl", [dialogue_row(rng, speakers, *item) for item in named(scenes, "images_val")]
     )

@@ -15,12 +15,12 @@ from trainer.checkpoint import (
     describe_published_weights,
     load_weights_file,
     save_weights,
-    tokenizer_fingerprint,
     weight_name,
-    write_atomically,
+    write_file,
 )
 from trainer.cli import UserError
-from trainer.setup import build_vlm, find_weight, load_base, load_tokenizer, load_vlm
+from trainer.setup import build_vlm, find_weight, load_base, load_vlm
+from trainer.tokenizer import load_tokenizer, tokenizer_fingerprint
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 
@@ -140,6 +140,23 @@ def test_damaged_files_are_named(saved, content):
         load_weights_file(path)
 
 
+@pytest.mark.parametrize("sidecar", ["{}", "[]", "{", '{"config": 3}'])
+def test_a_damaged_sidecar_is_named(saved, sidecar):
+    _, path = saved
+    path.with_suffix(".json").write_text(sidecar)
+    with pytest.raises(UserError, match=r"sft_vlm_64.json: not a"):
+        load_weights_file(path)
+
+
+@pytest.mark.parametrize("key", ["model.embed_tokens.weight", "model.layers.0.mlp.gate_proj.weight"])
+def test_other_models_weights_are_named(saved, key):
+    _, path = saved
+    state = torch.load(path, weights_only=True)
+    for broken in ({**state, key: state[key].flatten()[0]}, {k: v for k, v in state.items() if k != key}):
+        with pytest.raises(UserError, match=r"sft_vlm_64.pth: not MiniMind weights"):
+            config_from_shapes(broken, path)
+
+
 def test_a_missing_key_is_named(saved, tokenizer):
     model, path = saved
     state, _ = load_weights_file(path)
@@ -159,7 +176,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(UserError, match=r"No space left on device; the previous weights.pth is intact"):
-        write_atomically(path, fill_the_disk)
+        write_file(path, fill_the_disk)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 

@@ -1,5 +1,7 @@
 """Features on disk: equal to the encoder's, made once, noticed when picture or encoder change."""
 
+import pickle
+
 import pytest
 import torch
 from conftest import TINY_ENCODER
@@ -27,7 +29,7 @@ def items(data):
 def filled(folder, vlm, items):
     cache = open_feature_cache(folder, *vlm)
     encode_missing(cache, *vlm, items)
-    cache.read_shards()
+    cache.check_complete()
     return cache
 
 
@@ -35,7 +37,8 @@ def test_batches_with_features_give_the_loss_of_batches_with_pixels(data, tmp_pa
     model, processor = vlm
     rows = [data / "dialogues.jsonl"], processor, 1024, data / "images"
     samples = VLMDataset(*rows)
-    cached = VLMDataset(*rows, filled(tmp_path / "cache", vlm, samples.image_paths()))
+    cached = VLMDataset(*rows)
+    cached.features = filled(tmp_path / "cache", vlm, samples.image_paths())
     (pixels,), (features,) = (StepDataset(part, 0)[[list(range(8))]] for part in (samples, cached))
     assert "pixel_values" not in features and features["image_features"].shape[:3] == (8, 2, 196)
     names = ("input_ids", "attention_mask", "labels", "image_counts")
@@ -50,6 +53,21 @@ def test_pictures_are_encoded_once(tmp_path, vlm, items):
     cache = open_feature_cache(tmp_path, *vlm)
     assert [path for path, _ in cache.find_missing(items).values()] == [path for path, _ in items[5:]]
     assert cache[items[0][0]].shape == (196, 64) and cache[items[0][0]].dtype == torch.float16
+
+
+def test_a_pickled_cache_does_not_hold_the_features(tmp_path, vlm, items):
+    cache = filled(tmp_path, vlm, items)
+    expected = cache[items[0][0]]
+    copy = pickle.dumps(cache)
+    assert len(copy) < expected.nbytes
+    assert torch.equal(pickle.loads(copy)[items[0][0]], expected)
+
+
+def test_features_on_another_machine_are_missed(tmp_path, vlm, items):
+    cache = open_feature_cache(tmp_path, *vlm)
+    encode_missing(cache, *vlm, items, rank=0, world_size=2)
+    with pytest.raises(OSError, match="all ranks must share --cache_features"):
+        cache.check_complete()
 
 
 def test_two_ranks_share_the_work(tmp_path, vlm, items):

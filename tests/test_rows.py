@@ -55,6 +55,12 @@ def test_a_changed_file_is_read_again(data):
             json.dumps({"image": "gone.png", "conversations": TURNS}),
             r"image 'gone.png' not found below '.*images'",
         ),
+        (
+            json.dumps({"conversations": [{"role": ["user"], "content": "x"}]}),
+            r"turn 1: unknown role \['user'\]",
+        ),
+        ('{"conversations": [{"role": "user", "content": "\\ud83d"}]}', "half of a surrogate pair"),
+        ("[" * 100_000, "rows.jsonl:2: not JSON"),
         (json.dumps({"image": "0.png", "text": "x"}), "a 'text' row has no images, found"),
         (
             json.dumps({"image": 7, "conversations": TURNS}),

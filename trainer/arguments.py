@@ -3,6 +3,7 @@
 A stage's own defaults are set in its script, by a subclass.
 """
 
+import math
 import os
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -13,6 +14,7 @@ POSITIVE = (
     "epochs batch_size learning_rate accumulation_steps log_interval save_interval eval_interval "
     "hidden_size num_hidden_layers num_attention_heads num_key_value_heads max_seq_len max_steps"
 ).split()
+MAX_POSITIONS = 32768  # of MiniMindConfig
 NOT_NEGATIVE = ("num_workers", "warmup_iters", "grad_clip", "seed")
 
 
@@ -36,7 +38,6 @@ class TrainingFlags:
     data_path: list[str] = flag(
         [], "JSONL or JSON files with the rows to train on; several are read in order"
     )
-    images_path: str = flag("", "folder that the rows' relative image paths start from")
     out_dir: str = flag("out", "folder for weights; metrics go to runs/ in it")
     epochs: int = flag(1, "passes over the data")
     batch_size: int = flag(16, "rows of one micro-batch on one rank")
@@ -46,7 +47,6 @@ class TrainingFlags:
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0 switches clipping off")
     max_steps: int | None = optional_flag("stop after this many optimizer steps, whatever --epochs says")
     max_seq_len: int = flag(640, "longest row in tokens, images included; longer rows are cut in their text")
-    trainable: str = flag("proj_llm", "which weights learn", TRAINABLE)
     from_weight: str | None = optional_flag(
         "weights to start from, or 'none'; if not given: what the stage before wrote"
     )
@@ -55,12 +55,6 @@ class TrainingFlags:
     num_attention_heads: int = flag(8, "query heads")
     num_key_value_heads: int = flag(2, "key and value heads")
     use_moe: bool = flag(False, "mixture-of-experts feed-forward layers")
-    vision_model_path: str = flag(
-        "model/vision_model/clip-vit-base-patch16", "folder of the frozen image encoder"
-    )
-    cache_features: str | None = optional_flag(
-        "folder for the encoder's outputs: encode each image only once"
-    )
     tokenizer_path: str = flag("model/tokenizer", "folder of the tokenizer")
     device: str | None = optional_flag("cuda, cuda:1, mps or cpu; if not given: the best there is")
     dtype: str = flag(
@@ -81,11 +75,13 @@ class TrainingFlags:
     def __post_init__(self) -> None:
         for name in POSITIVE:
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"--{name} must be above 0, found {value}")
         for name in NOT_NEGATIVE:
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{name} must not be negative, found {getattr(self, name)}")
+        if self.max_seq_len > MAX_POSITIONS:
+            raise ValueError(f"--max_seq_len must be at most {MAX_POSITIONS}, found {self.max_seq_len}")
         if self.hidden_size % (2 * self.num_attention_heads):  # RoPE turns pairs
             raise ValueError(
                 f"--hidden_size {self.hidden_size} is not a multiple of twice "
@@ -106,3 +102,17 @@ class TrainingFlags:
 
     def as_dict(self) -> dict[str, Any]:
         return {item.name: getattr(self, item.name) for item in fields(self)}
+
+
+@dataclass
+class VLMTrainingFlags(TrainingFlags):
+    """Flags of the stages that see."""
+
+    images_path: str = flag("", "folder that the rows' relative image paths start from")
+    trainable: str = flag("proj_llm", "which weights learn", TRAINABLE)
+    vision_model_path: str = flag(
+        "model/vision_model/clip-vit-base-patch16", "folder of the frozen image encoder"
+    )
+    cache_features: str | None = optional_flag(
+        "folder for the encoder's outputs: encode each image only once"
+    )

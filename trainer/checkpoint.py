@@ -3,21 +3,20 @@
 The sidecar says what the tensors cannot: head counts, tokenizer, encoder, stage, step, arguments, versions.
 """
 
-import hashlib
 import json
-import os
 import re
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import datasets
 import torch
 import transformers
 from transformers import PreTrainedTokenizerBase
 
+from dataset.files import write_atomically
 from trainer.cli import UserError
+from trainer.tokenizer import load_tokenizer, tokenizer_fingerprint
 
 Sidecar = dict[str, Any]
 
@@ -32,9 +31,9 @@ def save_weights(path: Path, model: torch.nn.Module, sidecar: Sidecar) -> None:
     state = half_state(model)
     # torch.save stores the stem of a path inside the archive; an open handle keeps equal weights equal in
     # bytes.
-    write_atomically(path, lambda file: torch.save(state, file))
+    write_file(path, lambda file: torch.save(state, file))
     text = json.dumps(sidecar, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(path.with_suffix(".json"), lambda file: file.write(text.encode()))
+    write_file(path.with_suffix(".json"), lambda file: file.write(text.encode()))
 
 
 def half_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -49,23 +48,11 @@ def half_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return state
 
 
-def write_atomically(path: Path, write: Callable[[Any], Any]) -> None:
-    """Writes to a temporary file beside `path`, flushes it to the disk and renames it. UserError if that
-    fails."""
-    temporary = None
+def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Writes a file whole or not at all; UserError if that fails."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        temporary = Path(name)
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
+        write_atomically(path, write)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
         reason = " ".join(str(error.__cause__ or error.__context__ or error).split())
         kept = f"; the previous {path.name} is intact" if path.is_file() else ""
         raise UserError(f"cannot write {path}: {reason}{kept}") from error
@@ -121,9 +108,12 @@ def load_weights_file(path: Path) -> tuple[dict[str, torch.Tensor], Sidecar]:
     if not sidecar_path.is_file():
         return state, {"config": config_from_shapes(state, path)}
     try:
-        return state, json.loads(sidecar_path.read_text(encoding="utf-8"))
+        sidecar = json.loads(sidecar_path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{sidecar_path}: not a JSON sidecar ({error})") from None
+    if not isinstance(sidecar, dict) or not isinstance(sidecar.get("config"), dict):
+        raise UserError(f"{sidecar_path}: not a sidecar, it has no 'config'")
+    return state, sidecar
 
 
 def config_from_shapes(state: dict[str, torch.Tensor], path: Path) -> dict[str, Any]:
@@ -131,28 +121,27 @@ def config_from_shapes(state: dict[str, torch.Tensor], path: Path) -> dict[str, 
 
     Head counts are not in the shapes; the config's defaults are the published ones.
     """
+    layers = {int(match[1]) for key in state if (match := re.match(r"model\.layers\.(\d+)\.", key))}
+    shared = {
+        m[1] for key in state if (m := re.match(r"model\.layers\.0\.mlp\.shared_experts\.(\d+)\.", key))
+    }
+    use_moe = "model.layers.0.mlp.gate.weight" in state
+    mlp = "model.layers.0.mlp.experts.0" if use_moe else "model.layers.0.mlp"
     try:
         vocab_size, hidden_size = state["model.embed_tokens.weight"].shape
-    except KeyError as error:
-        raise UserError(f"{path}: not MiniMind weights, {error} is missing") from None
-    layers = {int(match[1]) for key in state if (match := re.match(r"model\.layers\.(\d+)\.", key))}
-    config = {
-        "vocab_size": vocab_size,
-        "hidden_size": hidden_size,
-        "num_hidden_layers": len(layers),
-        "use_moe": False,
-    }
-    expert = "model.layers.0.mlp.experts.0.gate_proj.weight"
-    if expert in state:
-        shared = {
-            match[1]
-            for key in state
-            if (match := re.match(r"model\.layers\.0\.mlp\.shared_experts\.(\d+)", key))
+        config = {
+            "vocab_size": vocab_size,
+            "hidden_size": hidden_size,
+            "num_hidden_layers": len(layers),
+            "intermediate_size": state[f"{mlp}.gate_proj.weight"].shape[0],
+            "use_moe": use_moe,
         }
-        gate = state["model.layers.0.mlp.gate.weight"]
-        config |= {"use_moe": True, "n_routed_experts": gate.shape[0], "n_shared_experts": len(shared)}
-    mlp = state[expert if expert in state else "model.layers.0.mlp.gate_proj.weight"]
-    return config | {"intermediate_size": mlp.shape[0]}
+        if use_moe:
+            experts = state["model.layers.0.mlp.gate.weight"].shape[0]
+            config |= {"n_routed_experts": experts, "n_shared_experts": len(shared)}
+    except (KeyError, ValueError, IndexError) as error:
+        raise UserError(f"{path}: not MiniMind weights ({type(error).__name__}: {error})") from None
+    return config
 
 
 def check_sizes(sidecar: Sidecar, wanted: dict[str, Any], path: Path) -> None:
@@ -163,39 +152,10 @@ def check_sizes(sidecar: Sidecar, wanted: dict[str, Any], path: Path) -> None:
         raise UserError(f"{path} does not fit the flags: it has {', '.join(different)}")
 
 
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of what decides the ids of a text: vocabulary, merges, added tokens."""
-    parts = json.loads(tokenizer.backend_tokenizer.to_str())
-    kept = {
-        "model": parts["model"],
-        "added_tokens": parts["added_tokens"],
-        "pre_tokenizer": parts["pre_tokenizer"],
-    }
-    return hashlib.sha256(json.dumps(kept, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
-def check_tokenizer(
-    sidecar: Sidecar, tokenizer: PreTrainedTokenizerBase, path: Path, asked: bool = False
-) -> str:
-    """UserError if the weights were trained with another tokenizer; a warning text where that cannot be told
-    and no tokenizer was asked for, else an empty string."""
-    trained = sidecar.get("tokenizer")
-    if not trained:
-        return (
-            "" if asked else f"{path} has no sidecar: its tokenizer cannot be checked, see --tokenizer_path"
-        )
-    if trained["fingerprint"] != tokenizer_fingerprint(tokenizer):
-        raise UserError(
-            f"{path} was trained with another tokenizer ({trained['path']}) than {tokenizer.name_or_path}: "
-            f"give --tokenizer_path"
-        )
-    return ""
-
-
 def describe_published_weights(path: Path, tokenizer_dir: Path, stage: str) -> Path:
     """Writes the sidecar of a bare published `.pth` next to it and returns the sidecar's path."""
     state, _ = load_weights_file(path)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_dir)
+    tokenizer = load_tokenizer(str(tokenizer_dir))
     sidecar = {
         "stage": stage,
         "step": None,
@@ -204,5 +164,5 @@ def describe_published_weights(path: Path, tokenizer_dir: Path, stage: str) -> P
         "encoder": None,
     }
     target = path.with_suffix(".json")
-    write_atomically(target, lambda file: file.write((json.dumps(sidecar, indent=2) + "\n").encode()))
+    write_file(target, lambda file: file.write((json.dumps(sidecar, indent=2) + "\n").encode()))
     return target

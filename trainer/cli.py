@@ -3,7 +3,9 @@
 Exit codes: 0 done, 1 data or files not usable, 2 wrong usage, 130 and 143 stopped by SIGINT and SIGTERM.
 """
 
+import argparse
 import contextlib
+import dataclasses
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -35,6 +37,10 @@ def parse_flags(flags: type[Flags], description: str) -> Flags:
     from transformers import HfArgumentParser
 
     parser = HfArgumentParser(flags, description=description, allow_abbrev=False)
+    for item in dataclasses.fields(flags):  # the library does this only for flags that are on by default
+        if item.default is False:
+            off = {"dest": item.name, "action": "store_false", "default": argparse.SUPPRESS}
+            parser.add_argument(f"--no_{item.name}", help=f"switch --{item.name} off", **off)
     if not {"-h", "--help"} & set(sys.argv[1:]):
         parser.usage = "%(prog)s [flags], see --help"  # an error shows one line of usage instead of thirty
     try:
@@ -52,7 +58,8 @@ def run_main(main: Callable[[], int | None]) -> None:
     try:
         code = main()
     except (UserError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if str(error):  # empty where another rank tells what happened
+            print(f"error: {error}", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
         code = 130

@@ -9,6 +9,7 @@ import random
 import signal
 import sys
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -45,16 +46,28 @@ class Runtime:
 
     @contextlib.contextmanager
     def main_first(self):
-        """The main process does what is inside before the others, which then find its files."""
-        if not self.is_main:
-            self.barrier()
-        yield
+        """The main process does what is inside before the others, which then find its files; if it fails,
+        they end too."""
         if self.is_main:
-            self.barrier()
+            with self.together():
+                yield
+        else:
+            self._agree(failed=False)
+            yield
 
-    def barrier(self) -> None:
-        if self.world_size > 1:
-            dist.barrier()
+    @contextlib.contextmanager
+    def together(self):
+        """What is inside is done on all ranks before any goes on; if it fails on one, the others end too."""
+        try:
+            yield
+        except BaseException:
+            self._agree(failed=True)
+            raise
+        self._agree(failed=False)
+
+    def _agree(self, failed: bool) -> None:
+        if self.sum(failed)[0] and not failed:
+            raise UserError("")  # the rank that failed says why
 
     def catch_signals(self) -> None:
         """The first SIGINT or SIGTERM is noted, so that the step ends and weights are saved; a second one
@@ -77,7 +90,12 @@ def runtime(device: str | None, seed: int):
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     chosen = _device(device)
     if world_size > 1:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        # The main process may read and tokenize a large file for long while the others wait.
+        dist.init_process_group(
+            "nccl" if chosen.type == "cuda" else "gloo",
+            timeout=timedelta(hours=2),
+            device_id=chosen if chosen.type == "cuda" else None,
+        )
         _kept_groups.append(dist.group.WORLD)
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002  libraries draw from it
@@ -118,8 +136,10 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def ignore_signals(_worker: int) -> None:
-    """For data workers: Ctrl-C reaches them too, and only the training process is to act on it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """For data workers: a signal to the process group reaches them too, and only the training process is to
+    act on it. They end when it does."""
+    for signum in STOP_SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

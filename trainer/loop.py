@@ -35,7 +35,7 @@ def train(
 ) -> int:
     """Trains `model` in place and returns the exit code: 0, or that of the signal which ended the run.
 
-    `save(step)` is called every `save_interval` steps and at the end, on the main process. DataError for a
+    `save(step)` is called every `save_interval` steps and at the end, also where a DataError ends it: for a
     row that is not usable.
     """
     sampler = step_sampler(samples, flags, runtime)
@@ -48,37 +48,46 @@ def train(
     optimizer = torch.optim.AdamW(learning, lr=flags.learning_rate, fused=True)
     forward = distribute(model, flags, runtime)
     model.train()
-    step = 0
+    step = learnt_tokens = 0
     while step < total_steps:
         epoch = step // len(sampler)
         sampler.set_epoch(epoch)
         for micro_batches in loader:
-            totals = count(micro_batches, runtime)
+            try:
+                totals = count(micro_batches, runtime)
+            except DataError:
+                if step:
+                    save(step)  # what was learnt so far is not lost
+                raise
             rate = learning_rate(step, total_steps, flags)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             sums = backward(forward, micro_batches, totals, autocast, scaler, runtime)
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(learning, flags.grad_clip or math.inf)
-            scaler.step(optimizer)
-            scaler.update()
+            if totals["supervised_tokens"]:  # otherwise weight decay alone would change the weights
+                scaler.step(optimizer)
+                scaler.update()
             optimizer.zero_grad(set_to_none=True)
             step += 1
+            learnt_tokens += totals["supervised_tokens"]
             metrics.step(**sums)
             stop_code = totals["stop_code"]
             done = step == total_steps or stop_code
             if done or step % flags.log_interval == 0:
                 metrics.report(step, epoch, rate, float(norm))
             with metrics.paused():
+                if done or step % flags.save_interval == 0:
+                    save(step)
                 if eval_samples is not None and not stop_code and (done or step % flags.eval_interval == 0):
                     found = evaluate(model, eval_samples, flags, runtime)
                     metrics.write({"step": step, "epoch": epoch, **found})
-                if runtime.is_main and (done or step % flags.save_interval == 0):
-                    save(step)
             if stop_code:
                 return stop_code
             if done:
                 break
+        if not learnt_tokens:
+            raise DataError(f"no row has a supervised token within --max_seq_len {flags.max_seq_len}")
     return 0
 
 
@@ -92,18 +101,19 @@ def backward(
 ) -> dict[str, float | torch.Tensor]:
     """Accumulates the step's gradient over `micro_batches`; returns what Metrics.step wants of this rank."""
     sums = {"loss": 0.0, "aux_loss": 0.0}
+    tokens = max(totals["supervised_tokens"], 1)
     for number, batch in enumerate(micro_batches, start=1):
         inputs = {k: batch[k].to(runtime.device, non_blocking=True) for k in MODEL_INPUTS if k in batch}
         last = number == len(micro_batches)
         with contextlib.nullcontext() if last or runtime.world_size == 1 else forward.no_sync():
             with autocast:
-                output = forward(**inputs, num_items_in_batch=totals["supervised_tokens"], skip_logits=True)
-                loss = output.loss + output.aux_loss * (batch["rows"] / totals["rows"])
+                output = forward(**inputs, num_items_in_batch=tokens, skip_logits=True)
+                loss = output.loss + output.aux_loss * (batch["rows"] / max(totals["rows"], 1))
             if "image_counts" not in batch:
                 loss = loss + untouched(forward)
             # DDP divides by the number of ranks; the sums above are already those of the global batch.
             scaler.scale(loss * runtime.world_size).backward()
-        sums["loss"] += output.loss.detach() * totals["supervised_tokens"]
+        sums["loss"] += output.loss.detach() * tokens
         sums["aux_loss"] += output.aux_loss.detach() * batch["rows"]
     counts = ("supervised_tokens", "tokens", "rows", "skipped_rows")
     return sums | {name: sum(batch[name] for batch in micro_batches) for name in counts}
@@ -116,18 +126,18 @@ def untouched(model: torch.nn.Module) -> torch.Tensor | float:
 
 
 def count(micro_batches: list[dict] | DataError, runtime: Runtime) -> dict[str, int]:
-    """Totals of the step over all ranks, at least 1 each; DataError, on every rank, if one met a bad row."""
+    """Totals of the step over all ranks. DataError, on every rank, if one met a row that is not usable."""
     bad = isinstance(micro_batches, DataError)
     batches = [] if bad else micro_batches
+    own_code = runtime.stop_code  # read once: a signal may come at any moment
     tokens, rows = (sum(batch[name] for batch in batches) for name in ("supervised_tokens", "rows"))
-    tokens, rows, failed, stops = map(int, runtime.sum(tokens, rows, bad, runtime.stop_code))
+    tokens, rows, failed, stops = map(int, runtime.sum(tokens, rows, bad, own_code))
     if bad:
         raise micro_batches
     if failed:
-        raise DataError(f"rank {runtime.rank}: another rank met a row that is not usable")
+        raise DataError("")  # the rank that met it says which
     # Signals may reach ranks at different steps: all stop at the first step that any of them noted one.
-    stop_code = runtime.stop_code or (130 if stops else 0)
-    return {"supervised_tokens": max(tokens, 1), "rows": max(rows, 1), "stop_code": stop_code}
+    return {"supervised_tokens": tokens, "rows": rows, "stop_code": (own_code or 130) if stops else 0}
 
 
 @torch.no_grad()

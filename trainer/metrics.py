@@ -89,8 +89,9 @@ class Metrics:
         """Appends a line and sends it to the tracker."""
         record = {k: v if math.isfinite(v) else None for k, v in record.items()}  # JSON has no infinity
         if self.file:
-            self.file.write(json.dumps(record) + "\n")
-            self.file.flush()
+            with user_errors(f"cannot write {self.file.name}"):
+                self.file.write(json.dumps(record) + "\n")
+                self.file.flush()
         if self.tracker:
             self.tracker.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
 
@@ -98,7 +99,8 @@ class Metrics:
         self.bar.close()
         self.redirect.__exit__(None, None, None)
         if self.file:
-            self.file.close()
+            with contextlib.suppress(OSError):  # on a full disk `write` has told
+                self.file.close()
         if self.tracker:
             self.tracker.finish()
 

@@ -7,26 +7,19 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoImageProcessor, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoImageProcessor, PreTrainedTokenizerBase
 
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.model_vlm import MiniMindVLM, VLMConfig, load_weights
 from model.processing_vlm import PLACEHOLDER, MiniMindVLMProcessor
-from trainer.checkpoint import SIZES, Sidecar, check_sizes, check_tokenizer, load_weights_file, weight_name
+from trainer.checkpoint import SIZES, Sidecar, check_sizes, load_weights_file, weight_name
 from trainer.cli import UserError, user_errors
+from trainer.tokenizer import check_tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
 transformers.logging.disable_progress_bar()  # weights are there in a blink
 DEFAULT_TOKENIZER = "model/tokenizer"
 DEFAULT_ENCODER = "model/vision_model/clip-vit-base-patch16"
-
-
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    if not Path(path).is_dir():
-        raise UserError(f"--tokenizer_path {path}: no such folder")
-    with user_errors(f"--tokenizer_path {path}"):
-        # AutoTokenizer would ask whether to run the code in an exported folder.
-        return PreTrainedTokenizerFast.from_pretrained(path)
 
 
 def build_vlm(
@@ -64,6 +57,8 @@ def load_vlm(
     """
     path = find_weight(weight)
     if path.is_dir():
+        if vision_model_path or tokenizer_path:
+            raise UserError(f"{path} brings its own: --vision_model_path and --tokenizer_path are for a .pth")
         return load_export(path)
     state, sidecar = load_weights_file(path)
     trained = {part: sidecar.get(part) or {} for part in ("tokenizer", "encoder")}
@@ -126,10 +121,12 @@ def load_base(
     if warning := check_tokenizer(sidecar, tokenizer, path, tokenizer_asked):
         log.warning("warning: %s", warning)
     check_sizes(sidecar, {name: getattr(model.config, name) for name in SIZES}, path)
-    if not any(key.startswith("vision_proj.") for key in state):
-        state |= {k: v for k, v in model.state_dict().items() if k.startswith("vision_proj.")}
+    fresh = ()
+    if isinstance(model, MiniMindVLM) and not any(key.startswith("vision_proj.") for key in state):
+        log.info("%s has no projection: it starts with fresh weights", path)
+        fresh = ("vision_proj.",)
     with user_errors(str(path)):
-        load_weights(model, state)
+        load_weights(model, state, allow_missing=fresh)
     return sidecar
 
 

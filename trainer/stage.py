@@ -6,16 +6,17 @@ from pathlib import Path
 
 import torch
 
-from dataset.feature_cache import FeatureCache, encode_missing, open_feature_cache
+from dataset.feature_cache import encode_missing, open_feature_cache
 from dataset.vlm_dataset import VLMDataset
 from model.processing_vlm import MiniMindVLMProcessor
-from trainer.arguments import TrainingFlags
+from trainer.arguments import TrainingFlags, VLMTrainingFlags
 from trainer.checkpoint import describe, save_weights, weight_name
 from trainer.cli import user_errors
 from trainer.distributed import Runtime, runtime
 from trainer.loop import planned_steps, step_sampler, train
 from trainer.metrics import Metrics, open_tracker
-from trainer.setup import build_lm, build_vlm, find_base, load_base, load_tokenizer, set_trainable
+from trainer.setup import build_lm, build_vlm, find_base, load_base, set_trainable
+from trainer.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -35,23 +36,20 @@ def run_stage(flags: TrainingFlags, stage: str, bases: tuple[str, ...]) -> int:
             logging.disable(logging.WARNING)
         base = find_base(flags.from_weight, out_dir, bases, flags)
         tokenizer = load_tokenizer(flags.tokenizer_path)
-        if stage == "lm":
-            model, processor = build_lm(flags.model_config(), tokenizer)
-        else:
+        if isinstance(flags, VLMTrainingFlags):
             model, processor = build_vlm(flags.model_config(), flags.vision_model_path, tokenizer)
+        else:
+            model, processor = build_lm(flags.model_config(), tokenizer)
         if base is not None:
             asked = flags.tokenizer_path != default(flags, "tokenizer_path")
             load_base(model, base, tokenizer, asked)
-        set_trainable(model, flags.trainable)
         model.to(run.device)
-        features = None
-        if flags.cache_features and stage != "lm":
-            with user_errors(f"--cache_features {flags.cache_features}"):
-                features = open_feature_cache(Path(flags.cache_features), model, processor)
-        samples = open_samples(flags.data_path, model, processor, flags, run, features)
+        if isinstance(flags, VLMTrainingFlags):
+            set_trainable(model, flags.trainable)
+        samples = open_samples(flags.data_path, model, processor, flags, run)
         eval_samples = None
         if flags.eval_data_path:
-            eval_samples = open_samples(flags.eval_data_path, model, processor, flags, run, features)
+            eval_samples = open_samples(flags.eval_data_path, model, processor, flags, run)
         learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
         log.info(
             "%s: %s rows, %.2fM weights learn, from %s, on %s x %d",
@@ -69,7 +67,8 @@ def run_stage(flags: TrainingFlags, stage: str, bases: tuple[str, ...]) -> int:
         path = out_dir / name
 
         def save(step: int) -> None:
-            save_weights(path, model, describe(model, tokenizer, stage, step, flags.as_dict()))
+            if run.is_main:
+                save_weights(path, model, describe(model, tokenizer, stage, step, flags.as_dict()))
 
         try:
             code = train(
@@ -84,7 +83,10 @@ def run_stage(flags: TrainingFlags, stage: str, bases: tuple[str, ...]) -> int:
         finally:
             metrics.close()
         if metrics.skipped_rows:
-            log.warning("warning: %d rows without a supervised token were skipped", metrics.skipped_rows)
+            log.warning(
+                "warning: %d rows without a supervised token were skipped, all epochs together",
+                metrics.skipped_rows,
+            )
         if run.is_main:
             log.info("%s: weights are in %s", "stopped by a signal" if code else "done", path)
         return code
@@ -96,16 +98,23 @@ def open_samples(
     processor: MiniMindVLMProcessor,
     flags: TrainingFlags,
     run: Runtime,
-    features: FeatureCache | None,
 ) -> VLMDataset:
+    """The rows of `paths`; with --cache_features, their pictures are encoded first, each rank its share."""
+    files = [Path(path) for path in paths]
+    if not isinstance(flags, VLMTrainingFlags):
+        with run.main_first():
+            return VLMDataset(files, processor, flags.max_seq_len)
     images = Path(flags.images_path) if flags.images_path else None
     with run.main_first():
-        samples = VLMDataset([Path(path) for path in paths], processor, flags.max_seq_len, images, features)
-    if features is not None:
-        with user_errors():
-            encode_missing(features, model, processor, samples.image_paths(), run.rank, run.world_size)
-        run.barrier()
-        features.read_shards()
+        samples = VLMDataset(files, processor, flags.max_seq_len, images)
+    if flags.cache_features:
+        with run.together(), user_errors("--cache_features"):
+            samples.features = open_feature_cache(Path(flags.cache_features), model, processor)
+            encode_missing(
+                samples.features, model, processor, samples.image_paths(), run.rank, run.world_size
+            )
+        with user_errors("--cache_features"):
+            samples.features.check_complete()
     return samples
 
 

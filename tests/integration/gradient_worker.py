@@ -15,7 +15,8 @@ from dataset.vlm_dataset import VLMDataset
 from trainer.arguments import TrainingFlags
 from trainer.distributed import runtime
 from trainer.loop import backward, count, distribute
-from trainer.setup import build_vlm, load_tokenizer, set_trainable
+from trainer.setup import build_vlm, set_trainable
+from trainer.tokenizer import load_tokenizer
 
 ENCODER = "tests/golden/clip"
 

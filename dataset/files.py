@@ -1,0 +1,25 @@
+"""Writing files so that a reader finds the old content or the new, never half of it."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Writes to a temporary file beside `path`, flushes it to the disk and renames it; OSError if that
+    fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except BaseException:  # Ctrl-C too: the temporary file may be as large as the disk
+        temporary.unlink(missing_ok=True)
+        raise
