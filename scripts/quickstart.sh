@@ -13,19 +13,24 @@ echo "MiniMind-V quickstart. It downloads nothing but packages. Results, 0.3 GB,
 install
 mkdir -p $out/done
 
-# stage NAME COMMAND...: skipped where the same command has finished before, and so have all those before it.
+# A finished stage leaves $out/done/NAME: the seconds it took, then what made it.
+made_by() { sed 1d "$out/done/$1" 2>/dev/null || true; }
+mark() { printf '%s\n%s\n' "$2" "$3" >"$out/done/$1"; } # mark NAME SECONDS MADE_BY
+
+# stage NAME OUTPUT COMMAND...: skipped where OUTPUT is there and the same command, code, encoder and data made it,
+# unless a stage before it was not skipped.
 redo=
 stage() {
-    local name=$1 mark=$out/done/$1 start=$SECONDS
-    shift
-    if [ -z "$redo" ] && [ -f "$mark" ] && [ "$(sed 1d "$mark")" = "$*" ]; then
+    local name=$1 output=$2 start=$SECONDS
+    shift 2
+    if [ -z "$redo" ] && [ -e "$output" ] && [ "$(made_by "$name")" = "$state $*" ]; then
         printf '\n== %s: done before\n' "$name"
         return
     fi
     redo=yes
-    rm -f "$mark"
+    rm -f "$out/done/$name"
     step "$name" .venv/bin/python "$@"
-    printf '%s\n%s\n' "$((SECONDS - start))" "$*" >"$mark"
+    mark "$name" "$((SECONDS - start))" "$state $*"
 }
 
 model="--hidden_size $hidden --num_hidden_layers 4 --num_attention_heads 4 --num_key_value_heads 2"
@@ -33,15 +38,25 @@ common="$model --out_dir $out --batch_size 16 --learning_rate 3e-3 --warmup_iter
 images="--images_path $data --vision_model_path model/vision_model/demo-encoder --cache_features $out/features"
 score="eval_vlm.py --weight $out/sft_vlm_$hidden.pth --images_path $data --score"
 
-stage data scripts/make_demo_data.py --out_dir $data
-stage lm scripts/train_lm.py $common --data_path $data/lm.jsonl --max_steps 1000
-stage pretrain train_pretrain_vlm.py $common $images --data_path $data/pretrain.jsonl --max_steps 750
-stage sft train_sft_vlm.py $common $images --data_path $data/sft.jsonl --max_steps 4500 --log_interval 100 \
+# Always run: it sees for itself whether its data are up to date, and changes nothing then.
+start=$SECONDS
+step "data" .venv/bin/python scripts/make_demo_data.py --out_dir $data
+manifest=$(cat $data/manifest.json)
+[ "$(made_by data)" = "$manifest" ] || mark data "$((SECONDS - start))" "$manifest"
+
+state=$(cat model/*.py dataset/*.py trainer/*.py scripts/*.py ./*.py model/tokenizer/* \
+    model/vision_model/demo-encoder/* $data/manifest.json | cksum)
+stage lm $out/lm_$hidden.pth scripts/train_lm.py $common --data_path $data/lm.jsonl --max_steps 1000
+stage pretrain $out/pretrain_vlm_$hidden.pth \
+    train_pretrain_vlm.py $common $images --data_path $data/pretrain.jsonl --max_steps 750
+stage sft $out/sft_vlm_$hidden.pth \
+    train_sft_vlm.py $common $images --data_path $data/sft.jsonl --max_steps 4500 --log_interval 100 \
     --eval_data_path $data/val.jsonl
-stage seen $score --data_path $data/eval_seen.jsonl --report $out/report_seen.json
-stage unseen $score --data_path $data/eval_unseen.jsonl --report $out/report_unseen.json
-stage blank $score --data_path $data/eval_unseen.jsonl --blank_images --report $out/report_blank.json
-stage export convert_to_hf.py --weight $out/sft_vlm_$hidden.pth --out $out/hf
+stage seen $out/report_seen.json $score --data_path $data/eval_seen.jsonl --report $out/report_seen.json
+stage unseen $out/report_unseen.json $score --data_path $data/eval_unseen.jsonl --report $out/report_unseen.json
+stage blank $out/report_blank.json \
+    $score --data_path $data/eval_unseen.jsonl --blank_images --report $out/report_blank.json
+stage export $out/hf/model.safetensors convert_to_hf.py --weight $out/sft_vlm_$hidden.pth --out $out/hf
 step "report" .venv/bin/python scripts/demo_report.py --out_dir $out
 
 cat <<END
