@@ -272,7 +272,7 @@ def test_flags_that_make_no_sense_are_wrong_usage(arguments, message, monkeypatc
         (["--image_dir", "{world}/no"], "--image_dir {world}/no: no such folder"),
         (["--image_dir", "{world}"], "--image_dir {world}: no picture, expected .png"),
         (["--image", "{world}/images/red.png", "--prompt", "<image> <image>"], "2 <image> markers"),
-        (["--data_path", "{world}/no.jsonl"], "{world}/no.jsonl: no such data file"),
+        (["--data_path", "{world}/no.jsonl"], "{world}/no.jsonl does not exist, expected a JSONL"),
         (["--data_path", "{world}/eval.jsonl"], "eval.jsonl:1: image 'blue.png' not found"),
         (["--data_path", "{world}/broken.jsonl"], "broken.jsonl:2: not JSON"),
         (["--data_path", "{world}/texts.jsonl"], "{world}/texts.jsonl: no question"),
