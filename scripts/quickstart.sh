@@ -46,11 +46,11 @@ manifest=$(cat $data/manifest.json)
 
 state=$(cat model/*.py dataset/*.py trainer/*.py scripts/*.py ./*.py model/tokenizer/* \
     model/vision_model/demo-encoder/* $data/manifest.json | cksum)
-stage lm $out/lm_$hidden.pth scripts/train_lm.py $common --data_path $data/lm.jsonl --max_steps 1000
+stage lm $out/lm_$hidden.pth scripts/train_lm.py $common --data_path $data/lm.jsonl --max_steps 1500
 stage pretrain $out/pretrain_vlm_$hidden.pth \
     train_pretrain_vlm.py $common $images --data_path $data/pretrain.jsonl --max_steps 750
 stage sft $out/sft_vlm_$hidden.pth \
-    train_sft_vlm.py $common $images --data_path $data/sft.jsonl --max_steps 4500 --log_interval 100 \
+    train_sft_vlm.py $common $images --data_path $data/sft.jsonl --max_steps 6000 --log_interval 100 \
     --eval_data_path $data/val.jsonl
 stage seen $out/report_seen.json $score --data_path $data/eval_seen.jsonl --report $out/report_seen.json
 stage unseen $out/report_unseen.json $score --data_path $data/eval_unseen.jsonl --report $out/report_unseen.json
