@@ -9,7 +9,7 @@ out=out/demo
 data=$out/data
 hidden=128
 
-echo "MiniMind-V quickstart. It downloads nothing but packages. Results, 0.3 GB, go to $out."
+echo "MiniMind-V quickstart. It downloads nothing but packages. Results, 0.5 GB, go to $out."
 install
 mkdir -p $out/done
 

@@ -236,6 +236,5 @@ def test_bad_rows_give_the_documented_message(row, message):
         normalise_row(json.loads(row.strip("`")), "captions.jsonl:7")
 
 
-@pytest.mark.xfail(strict=True, reason="remove this mark when the measured figures are in")
 def test_no_figure_is_left_open():
     assert [page for page in PAGES if OPEN in read(page)] == []
