@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, Sampler
 
 from dataset.errors import DataError
 from dataset.vlm_dataset import Sample, VLMDataset
-from model.processing_vlm import IGNORE_INDEX
+from model.processing_vlm import IGNORE_INDEX, image_slots
 
 WINDOW_STEPS = 50  # rows are sorted by length within shuffled windows of this many steps
 
@@ -116,7 +116,5 @@ def collate(samples: list[Sample], pad_token_id: int) -> dict:
         if any(images is not None for images in found):
             counts = torch.tensor([0 if images is None else len(images) for images in found])  # (B,)
             real = torch.cat([images for images in found if images is not None])
-            slots = real.new_zeros(len(samples), int(counts.max()), *real.shape[1:])  # (B, N, ...)
-            slots[torch.arange(slots.shape[1]) < counts[:, None]] = real
-            batch |= {name: slots, "image_counts": counts}
+            batch |= {name: image_slots(real, counts), "image_counts": counts}
     return batch

@@ -148,9 +148,7 @@ class MiniMindVLMProcessor(ProcessorMixin):
         counts = torch.tensor([len(pictures) for pictures in images])
         if counts.sum():
             flat = self.pixel_values(_flat(images))  # (sum of counts, 3, H, W)
-            pixel_values = flat.new_zeros(len(rows), int(counts.max()), *flat.shape[1:])  # (B, N, 3, H, W)
-            pixel_values[torch.arange(int(counts.max())) < counts[:, None]] = flat
-            data |= {"pixel_values": pixel_values, "image_counts": counts}
+            data |= {"pixel_values": image_slots(flat, counts), "image_counts": counts}  # (B, N, 3, H, W)
         return BatchFeature(data)
 
     def pixel_values(self, images: list) -> torch.Tensor:
@@ -240,6 +238,16 @@ class MiniMindVLMProcessor(ProcessorMixin):
         if leftover := len(list(rest)):
             raise ValueError(f"{leftover} more images than {IMAGE_MARKER} markers")
         return shares
+
+
+def image_slots(flat: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Images or features (sum of counts, ...), row after row -> (B, N, ...), zeros where a row has fewer.
+
+    `counts` (B,) int64 says how many each row has; N is the largest of them.
+    """
+    slots = flat.new_zeros(len(counts), int(counts.max()), *flat.shape[1:])
+    slots[torch.arange(slots.shape[1]) < counts[:, None]] = flat
+    return slots
 
 
 def _as_text(content: str | list[dict] | None) -> str:

@@ -5,7 +5,7 @@ A stage's own defaults are set in its script, by a subclass.
 
 import math
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 TRAINABLE = ("proj", "proj_last", "proj_attn", "proj_llm")
@@ -99,9 +99,6 @@ class TrainingFlags:
         """The flags that are fields of the model's config."""
         names = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads use_moe".split()
         return {name: getattr(self, name) for name in names}
-
-    def as_dict(self) -> dict[str, Any]:
-        return {item.name: getattr(self, item.name) for item in fields(self)}
 
 
 @dataclass

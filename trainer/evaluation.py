@@ -18,7 +18,7 @@ from dataset.errors import DataError
 from dataset.images import open_image
 from dataset.rows import resolve_image
 from model.model_vlm import MiniMindVLM
-from model.processing_vlm import IMAGE_MARKER, MiniMindVLMProcessor
+from model.processing_vlm import IMAGE_MARKER, MiniMindVLMProcessor, image_slots
 
 WINDOW = 16  # batches that are sorted by length together, and whose pictures are encoded once
 SPARE_TOKENS = 8  # beyond the expected answer's length: enough to see that an answer does not end there
@@ -107,9 +107,7 @@ def prepare(
     counts = torch.tensor([len(paths) for paths in images])
     if counts.any():
         flat = torch.stack([features[path] for paths in images for path in paths])  # (sum of counts, P, W)
-        slots = flat.new_zeros(len(images), int(counts.max()), *flat.shape[1:])  # (B, I, P, W)
-        slots[torch.arange(slots.shape[1]) < counts[:, None]] = flat
-        inputs |= {"image_features": slots, "image_counts": counts}
+        inputs |= {"image_features": image_slots(flat, counts), "image_counts": counts}
     return inputs
 
 

@@ -62,24 +62,16 @@ def run_stage(flags: TrainingFlags, stage: str, bases: tuple[str, ...]) -> int:
         )
         run.catch_signals()
         total_steps = planned_steps(len(step_sampler(samples, flags, run)), flags)
-        tracker = open_tracker(flags.use_wandb, flags.wandb_project, name, flags.as_dict(), run)
+        tracker = open_tracker(flags.use_wandb, flags.wandb_project, name, dataclasses.asdict(flags), run)
         metrics = Metrics(out_dir / "runs" / Path(name).stem, total_steps, run, stage, tracker)
         path = out_dir / name
 
         def save(step: int) -> None:
             if run.is_main:
-                save_weights(path, model, describe(model, tokenizer, stage, step, flags.as_dict()))
+                save_weights(path, model, describe(model, tokenizer, stage, step, dataclasses.asdict(flags)))
 
         try:
-            code = train(
-                model,
-                samples,
-                eval_samples,
-                flags,
-                run,
-                metrics,
-                save,
-            )
+            code = train(model, samples, eval_samples, flags, run, metrics, save)
         finally:
             metrics.close()
         if metrics.skipped_rows:
