@@ -131,6 +131,7 @@ def chat(
             print(f"image:  {', '.join(Path(path).name for path in question.images)}")
         print(f"prompt: {question.text}")
         print("answer: ", end="", flush=True)
+        start = time.perf_counter()
         with user_errors(question.where):
             output = model.generate(
                 **inputs.to(model.device),
@@ -138,13 +139,12 @@ def chat(
                 max_new_tokens=flags.max_new_tokens,
                 streamer=streamer if flags.stream else None,
             )  # (1, T + new)
+        seconds = time.perf_counter() - start
+        new = output[0, inputs["input_ids"].shape[1] :]  # (new,)
         if not flags.stream:
-            print(
-                processor.tokenizer.decode(
-                    output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-                )
-            )
+            print(processor.tokenizer.decode(new, skip_special_tokens=True))
         print(flush=True)
+        log.info("%d tokens in %.2f s (%.1f tokens/s)", len(new), seconds, len(new) / seconds)
 
 
 def score_file(
@@ -167,7 +167,12 @@ def score_file(
     pictures = ", blank pictures" if flags.blank_images else ""
     print(f"{flags.data_path}{pictures}")
     print(table(report))
-    print(f"{len(questions)} questions in {seconds:.1f} s ({len(questions) / seconds:.1f} questions/s)")
+    ids = processor.tokenizer(answers, add_special_tokens=False)["input_ids"]
+    tokens = len(answers) + sum(map(len, ids))  # each with its end
+    print(
+        f"{len(questions)} questions in {seconds:.1f} s "
+        f"({len(questions) / seconds:.1f} questions/s, {tokens / seconds:.1f} tokens/s)"
+    )
     if flags.report:
         answered = report.pop("questions")
         report |= {"blank_images": flags.blank_images, "weight": weight, "data_path": flags.data_path}

@@ -1,0 +1,433 @@
+"""How fast training and inference are on this machine, beside the published release's way of doing the same.
+
+    python scripts/benchmark.py --json out/benchmark.json --plot out/benchmark.png
+Both get the same rows, order and initial weights, in processes of their own that take turns. `published` pads
+every row to the stage's longest, keeps the logits of all positions, computes attention step by step, loops
+over experts, and works in float32; `default` is what the training scripts do; `cached` adds --cache_features.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import statistics
+import sys
+import tempfile
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+from transformers import CLIPVisionConfig
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmark_scaling import scale, scaling_table
+
+import dataset.collate
+import model.model_minimind as minimind
+from dataset.feature_cache import encode_missing, open_feature_cache
+from dataset.vlm_dataset import VLMDataset
+from model.model_vlm import MiniMindVLM, VLMConfig
+from model.processing_vlm import MiniMindVLMProcessor
+from trainer.arguments import VLMTrainingFlags
+from trainer.distributed import peak_memory_bytes, resolve_dtype, runtime
+from trainer.evaluation import encode_pictures, encode_question, prepare, questions_of
+from trainer.loop import train
+from trainer.setup import DEFAULT_TOKENIZER, set_trainable, special_ids
+from trainer.tokenizer import load_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+# Longest row, mean row in tokens: so that 58 % and 65 % of a batch of the published scripts is padding.
+LENGTHS = {"pretrain": (640, 269), "sft": (1536, 538), "moe": (640, 269), "inference": (640, 269)}
+SPREAD = 0.5  # standard deviation of the logarithm of a row's text length
+TRAINABLE = {"pretrain": "proj", "sft": "proj_llm", "moe": "proj"}  # of the release's code
+MODES = {"pretrain": 3, "sft": 3, "moe": 3, "inference": 2}
+MODE_NAMES = ("published", "default", "cached")
+MEASURED = ("samples_per_second", "tokens_per_second", "padding", "utilization", "ratio")
+ANSWER_TOKENS = 32
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--stages", nargs="*", choices=list(MODES), default=list(MODES), help="what is compared"
+    )
+    parser.add_argument("--repeats", type=int, default=3, help="measurements of each figure, in turns")
+    parser.add_argument("--rows", type=int, default=256, help="rows whose lengths are drawn")
+    parser.add_argument("--steps", type=int, default=8, help="optimizer steps of a repeat")
+    parser.add_argument("--batch_size", type=int, default=4, help="rows of a step")
+    parser.add_argument("--hidden_size", type=int, default=512, help="width of the language model")
+    parser.add_argument("--num_hidden_layers", type=int, default=8, help="its layers")
+    parser.add_argument("--vision_layers", type=int, default=12, help="layers of the encoder, else ViT-B/16")
+    parser.add_argument("--dtype", default="auto", help="of default and cached; published is float32")
+    parser.add_argument("--device", help="cuda or cpu; if not given: the best there is")
+    parser.add_argument("--compile", action="store_true", help="default and cached run compiled")
+    parser.add_argument(
+        "--scaling", action="store_true", help="also time and memory against lengths and sizes"
+    )
+    parser.add_argument(
+        "--scaling_rows", nargs="+", type=int, default=[1000, 100_000, 1_000_000], help="rows of its files"
+    )
+    parser.add_argument("--json", type=Path, help="file for every figure")
+    parser.add_argument("--plot", type=Path, help="PNG file for the ratios")
+    options = parser.parse_args()
+    if min(options.repeats, options.steps, options.batch_size) < 1:
+        parser.error("--repeats, --steps and --batch_size must be at least 1")
+    if options.rows < options.steps * options.batch_size:
+        parser.error(f"--rows {options.rows} is less than --steps x --batch_size")
+
+    report: dict[str, Any] = {"options": vars(options) | {"json": None, "plot": None}, "stages": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        for stage in options.stages:
+            write_rows(Path(folder), stage, options)
+            results = compare(stage, Path(folder), options)
+            report["stages"][stage] = results
+            print(table(stage, results), flush=True)
+        if options.scaling:
+            sizes = options.hidden_size, options.num_hidden_layers
+            report["scaling"] = scale(Path(folder), *sizes, options.scaling_rows, options.steps)
+            print(scaling_table(report["scaling"]))
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(report, indent=2, default=str) + "\n")
+    if options.plot:
+        plot(report, options.plot)
+
+
+def write_rows(folder: Path, stage: str, options: argparse.Namespace) -> None:
+    """A JSONL file for each repeat, whose rows are spread over the lengths of all `options.rows` rows."""
+    longest, mean = LENGTHS[stage]
+    rng = np.random.default_rng(1337)
+    text = mean - 196 - 30  # without the picture and the words of the chat
+    lengths = text * rng.lognormal(-(SPREAD**2) / 2, SPREAD, options.rows)
+    order = np.argsort(lengths)
+    words = [entry["en"] for entry in json.loads((ROOT / "dataset/demo/world.json").read_text())["concepts"]]
+    tokens_per_word = 3.2  # of these names, with " and "
+    used = options.steps * options.batch_size
+    (folder / "images").mkdir(exist_ok=True)
+    for repeat in range(options.repeats):
+        places = (np.arange(used) + (repeat + 0.5) / options.repeats) * options.rows / used
+        chosen = order[places.astype(int)]
+        with (folder / f"{stage}_{repeat}.jsonl").open("w") as file:
+            for number in rng.permutation(chosen):
+                picture = folder / "images" / f"{number}.jpg"
+                if not picture.exists():
+                    coarse = rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)
+                    Image.fromarray(coarse).resize((320, 240)).save(picture)
+                count = max(1, round(min(lengths[number], longest - 230) / tokens_per_word))
+                answer = " and ".join(words[i] for i in rng.integers(0, len(words), count))
+                turns = [("user", "<image>\nWhat is here?"), ("assistant", answer)]
+                conversations = [{"role": role, "content": content} for role, content in turns]
+                row = {"image": str(picture), "conversations": conversations}
+                file.write(json.dumps(row) + "\n")
+
+
+# One stage: a process for each mode, which take turns
+
+
+def compare(stage: str, folder: Path, options: argparse.Namespace) -> dict[str, dict]:
+    """Figures of each mode: a list over the repeats, or one value where it cannot vary."""
+    spawn = multiprocessing.get_context("spawn")
+    workers = {}
+    results: dict[str, dict] = {}
+    for mode in MODE_NAMES[: MODES[stage]]:
+        own, other = spawn.Pipe()
+        process = spawn.Process(target=work, args=(other, stage, mode, folder, options), daemon=True)
+        process.start()
+        workers[mode] = own, process
+        results[mode] = own.recv()  # ready, before the next one warms up
+    peaks = []
+    for repeat in tqdm(range(options.repeats), desc=stage, unit="repeat"):
+        peaks.append(matmul_peak(resolve_dtype(options.dtype, device_of(options)), device_of(options)))
+        for mode, (pipe, _) in workers.items():
+            pipe.send(repeat)
+            for name, value in pipe.recv().items():
+                results[mode].setdefault(name, []).append(value)
+    for mode, (pipe, process) in workers.items():
+        pipe.send(None)
+        results[mode]["peak_memory_bytes"] = pipe.recv()
+        process.join()
+    flops = results["default"].get("flops_per_sample")
+    for result in results.values():
+        if flops:  # the work that the samples need, without padding or waste; less where a cache saves it
+            own = result.get("flops_per_sample", flops)
+            rates = zip(result["samples_per_second"], peaks, strict=True)
+            result["utilization"] = [own * rate / peak for rate, peak in rates]
+        fastest = "tokens_per_second" if stage == "inference" else "samples_per_second"
+        pairs = zip(result[fastest], results["published"][fastest], strict=True)
+        result["ratio"] = [mine / theirs for mine, theirs in pairs]
+        if "losses" in result:
+            theirs = results["published"]["losses"]
+            result["loss_difference"] = float(np.abs(np.subtract(result["losses"], theirs)).max())
+    results["default"]["matmul_peak_flops"] = peaks
+    return results
+
+
+def work(pipe: Any, stage: str, mode: str, folder: Path, options: argparse.Namespace) -> None:
+    """A process: builds the model, says that it is ready, measures each repeat that it is asked for."""
+    with runtime(options.device, 1337) as run:
+        bench = Bench(stage, mode, folder, options, run)
+        pipe.send(bench.warm_up())
+        while (repeat := pipe.recv()) is not None:
+            pipe.send(bench.measure(repeat))
+        pipe.send(peak_memory_bytes(run.device))
+
+
+class Bench:
+    """A stage in one mode."""
+
+    def __init__(self, stage: str, mode: str, folder: Path, options: argparse.Namespace, run: Any):
+        self.stage, self.mode, self.folder, self.options, self.run = stage, mode, folder, options, run
+        self.counter = CountingCollate(LENGTHS[stage][0] if mode == "published" else None)
+        dataset.collate.collate = self.counter
+        tokenizer = load_tokenizer(str(ROOT / DEFAULT_TOKENIZER))
+        sizes = {"hidden_size": options.hidden_size, "num_hidden_layers": options.num_hidden_layers}
+        vision = CLIPVisionConfig(patch_size=16, num_hidden_layers=options.vision_layers)
+        config = VLMConfig(**sizes, **special_ids(tokenizer), use_moe=stage == "moe", vision_config=vision)
+        kind = PublishedVLM if mode == "published" else MiniMindVLM
+        self.model = kind(config, None).to(run.device)
+        if mode == "published":
+            minimind.Attention.forward = attention_step_by_step
+            minimind.MoE._routed = experts_one_by_one
+        self.processor = MiniMindVLMProcessor(CLIPImageProcessorPil(), tokenizer)
+        if stage != "inference":
+            set_trainable(self.model, TRAINABLE[stage])
+        learning = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+        self.initial = {name: parameter.detach().clone() for name, parameter in learning}
+        self.flags = VLMTrainingFlags(
+            data_path=["-"],
+            batch_size=options.batch_size,
+            learning_rate=1e-4,
+            max_seq_len=LENGTHS[stage][0],
+            dtype="float32" if mode == "published" else options.dtype,
+            compile=options.compile and mode != "published",
+            num_workers=0,  # on two cores a second process would take from what is measured
+            log_interval=10**9,
+        )
+
+    def warm_up(self) -> dict[str, float]:
+        """Runs once, and returns the floating-point operations that a sample needs: matrix products only."""
+        if self.stage == "inference":
+            self.measure(0)
+            return {}
+        if self.mode == "published":
+            self.train(self.samples(0), max_steps=1)
+            return {}
+        samples = self.samples(0)
+        if self.options.compile:  # a compiled step cannot be counted
+            self.train(samples)
+            return {}
+        with FlopCounterMode(display=False) as counter:
+            self.train(samples)
+        return {"flops_per_sample": counter.get_total_flops() / len(samples)}
+
+    def measure(self, repeat: int) -> dict[str, Any]:
+        return self.answer(repeat) if self.stage == "inference" else self.learn(repeat)
+
+    def learn(self, repeat: int) -> dict[str, Any]:
+        samples = self.samples(repeat)
+        self.counter.positions = 0
+        self.run.stop_code = 0
+        start = time.perf_counter()
+        steps = self.train(samples)
+        seconds = time.perf_counter() - start
+        tokens = sum(step["tokens"] for step in steps)
+        return {
+            "samples_per_second": len(samples) / seconds,
+            "tokens_per_second": tokens / seconds,
+            "padding": 1 - tokens / self.counter.positions,
+            "losses": [float(step["loss"]) / step["supervised_tokens"] for step in steps],
+        }
+
+    def train(self, samples: VLMDataset, max_steps: int | None = None) -> list[dict]:
+        self.model.load_state_dict(self.initial, strict=False)  # every mode and repeat starts from the same
+        self.flags.max_steps = max_steps
+        steps = Steps()
+        train(self.model, samples, None, self.flags, self.run, steps, save=lambda step: None)
+        return steps
+
+    def samples(self, repeat: int) -> VLMDataset:
+        path = self.folder / f"{self.stage}_{repeat}.jsonl"
+        samples = VLMDataset([path], self.processor, self.flags.max_seq_len)
+        if self.mode == "cached":
+            samples.features = open_feature_cache(self.folder / "features", self.model, self.processor)
+            encode_missing(samples.features, self.model, self.processor, samples.image_paths())
+        return samples
+
+    def answer(self, repeat: int) -> dict[str, float]:
+        """Answers of a fixed length: each question alone, or in batches."""
+        questions = questions_of(self.samples(repeat).rows, "")
+        size = 1 if self.mode == "published" else self.options.batch_size
+        dtype = resolve_dtype(self.flags.dtype, self.run.device)
+        autocast = torch.autocast(self.run.device.type, dtype, enabled=dtype != torch.float32)
+        self.model.eval()
+        start, tokens = time.perf_counter(), 0
+        with autocast if dtype != torch.float32 else nullcontext():
+            for first in range(0, len(questions), size):
+                batch = questions[first : first + size]
+                features = encode_pictures(self.model, self.processor, batch, size)
+                prompts = [encode_question(self.processor, question) for question in batch]
+                images = [question.images for question in batch]
+                inputs = prepare(self.processor, prompts, images, features).to(self.run.device)
+                self.model.generate(
+                    **inputs, do_sample=False, max_new_tokens=ANSWER_TOKENS, min_new_tokens=ANSWER_TOKENS
+                )
+                tokens += ANSWER_TOKENS * len(batch)
+        seconds = time.perf_counter() - start
+        return {"samples_per_second": len(questions) / seconds, "tokens_per_second": tokens / seconds}
+
+
+class Steps(list):
+    """Stands where the loop expects its metrics, and keeps what each step reports."""
+
+    def step(self, **sums: Any) -> None:
+        self.append(sums)
+
+    def report(self, *_: Any) -> None:
+        pass
+
+    def paused(self) -> nullcontext:
+        return nullcontext()
+
+
+class CountingCollate:
+    """The loop's collate, which counts positions, padding included; to a fixed length if one is given."""
+
+    def __init__(self, length: int | None):
+        self.length, self.collate, self.positions = length, dataset.collate.collate, 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict:
+        batch = self.collate(*args, **kwargs)
+        if self.length:
+            more = (0, self.length - batch["input_ids"].shape[1])
+            for name, fill in (("input_ids", 0), ("labels", -100), ("attention_mask", 0)):
+                batch[name] = F.pad(batch[name], more, value=fill)
+        self.positions += batch["input_ids"].numel()
+        return batch
+
+
+# What the published release does
+
+
+class PublishedVLM(MiniMindVLM):
+    def forward(self, labels=None, num_items_in_batch=None, skip_logits=False, **inputs):
+        """Logits and losses of all positions, whether or not they count."""
+        output = super().forward(**inputs)
+        if labels is not None:
+            logits, targets = output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+            losses = F.cross_entropy(logits, targets.clamp(min=0), reduction="none")  # (B * (T - 1),)
+            output.loss = (losses * (targets != -100)).sum() / num_items_in_batch
+        return output
+
+
+def attention_step_by_step(self, hidden, rope, mask, past_key_values):
+    B, T, C = hidden.shape
+    query, key, value = (
+        projection(hidden).view(B, T, -1, self.head_dim).transpose(1, 2)
+        for projection in (self.q_proj, self.k_proj, self.v_proj)
+    )
+    query, key = minimind.rotate(query, *rope), minimind.rotate(key, *rope)
+    if past_key_values is not None:
+        key, value = past_key_values.update(key, value, self.layer_index)
+    key, value = key.repeat_interleave(self.groups, 1), value.repeat_interleave(self.groups, 1)
+    scores = query @ key.transpose(-2, -1) / math.sqrt(self.head_dim)  # (B, H, T, S)
+    S = key.shape[2]
+    scores = scores + torch.full((T, S), -math.inf, device=hidden.device).triu(S - T + 1)
+    output = scores.softmax(-1) @ value  # (B, H, T, D)
+    return self.resid_dropout(self.o_proj(output.transpose(1, 2).reshape(B, T, C)))
+
+
+def experts_one_by_one(self, tokens, choices, weights):
+    k = choices.shape[1]
+    repeated, chosen = tokens.repeat_interleave(k, dim=0), choices.flatten()
+    output = torch.zeros_like(repeated)
+    for number, expert in enumerate(self.experts):
+        output[chosen == number] = expert(repeated[chosen == number])
+    return (output.view(*weights.shape, -1) * weights.unsqueeze(-1)).sum(1)
+
+
+# Figures
+
+
+def matmul_peak(dtype: torch.dtype, device: torch.device, size: int = 2048) -> float:
+    """Floating-point operations per second of a square matrix product; the best of several."""
+    left, right = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
+    best = math.inf
+    for _ in range(6):
+        synchronize(device)
+        start = time.perf_counter()
+        left @ right
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def device_of(options: argparse.Namespace) -> torch.device:
+    return torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def table(stage: str, results: dict[str, dict]) -> str:
+    """A line for each mode: medians over the repeats, the ratio also with its lowest and highest."""
+    names = ("samples/s", "tokens/s", "padding", "of peak", "memory", "ratio", "from", "to", "loss differs")
+    lines = ["", f"{stage:<10}" + "".join(f"{name:>13}" for name in names)]
+    for mode, result in results.items():
+        median = {name: statistics.median(result[name]) for name in MEASURED if name in result}
+        cells = (
+            f"{median['samples_per_second']:.3f}",
+            f"{median['tokens_per_second']:.1f}",
+            f"{median['padding']:.1%}" if "padding" in median else "-",
+            f"{median['utilization']:.1%}" if "utilization" in median else "-",
+            f"{result['peak_memory_bytes'] / 1e9:.2f} GB",
+            f"{median['ratio']:.2f}",
+            f"{min(result['ratio']):.2f}",
+            f"{max(result['ratio']):.2f}",
+            f"{result['loss_difference']:.1e}" if "loss_difference" in result else "-",
+        )
+        lines.append(f"{mode:<10}" + "".join(f"{cell:>13}" for cell in cells))
+    return "\n".join(lines)
+
+
+def plot(report: dict, path: Path) -> None:
+    """Bars: how many times as fast as published; whiskers from the lowest to the highest repeat."""
+    try:
+        import matplotlib
+    except ImportError:
+        sys.exit("error: --plot needs the package matplotlib: pip install matplotlib")
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for place, mode in enumerate(MODE_NAMES):
+        found = [(i, s[mode]["ratio"]) for i, s in enumerate(report["stages"].values()) if mode in s]
+        heights = [statistics.median(ratios) for _, ratios in found]
+        whiskers = [
+            [h - min(r) for h, (_, r) in zip(heights, found, strict=True)],
+            [max(r) - h for h, (_, r) in zip(heights, found, strict=True)],
+        ]
+        axes.bar(
+            [i + 0.27 * (place - 1) for i, _ in found], heights, 0.25, yerr=whiskers, label=mode, capsize=3
+        )
+    axes.set_xticks(range(len(report["stages"])), list(report["stages"]))
+    axes.set_ylabel("speed, published = 1")
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
