@@ -33,8 +33,8 @@ stage() {
     mark "$name" "$((SECONDS - start))" "$state $*"
 }
 
-model="--hidden_size $hidden --num_hidden_layers 4 --num_attention_heads 4 --num_key_value_heads 2"
-common="$model --out_dir $out --batch_size 16 --learning_rate 3e-3 --warmup_iters 50 --num_workers 1 --epochs 100"
+model="--hidden_size $hidden --num_hidden_layers 4 --num_attention_heads 2 --num_key_value_heads 2"
+common="$model --out_dir $out --batch_size 16 --warmup_iters 50 --num_workers 1 --epochs 100"
 images="--images_path $data --vision_model_path model/vision_model/demo-encoder --cache_features $out/features"
 score="eval_vlm.py --weight $out/sft_vlm_$hidden.pth --images_path $data --score"
 
@@ -46,12 +46,13 @@ manifest=$(cat $data/manifest.json)
 
 state=$(cat model/*.py dataset/*.py trainer/*.py scripts/*.py ./*.py model/tokenizer/* \
     model/vision_model/demo-encoder/* $data/manifest.json | cksum)
-stage lm $out/lm_$hidden.pth scripts/train_lm.py $common --data_path $data/lm.jsonl --max_steps 1500
+stage lm $out/lm_$hidden.pth \
+    scripts/train_lm.py $common --data_path $data/lm.jsonl --learning_rate 2e-3 --max_steps 1500
 stage pretrain $out/pretrain_vlm_$hidden.pth \
-    train_pretrain_vlm.py $common $images --data_path $data/pretrain.jsonl --max_steps 750
+    train_pretrain_vlm.py $common $images --data_path $data/pretrain.jsonl --learning_rate 1e-3 --max_steps 750
 stage sft $out/sft_vlm_$hidden.pth \
-    train_sft_vlm.py $common $images --data_path $data/sft.jsonl --max_steps 6000 --log_interval 100 \
-    --eval_data_path $data/val.jsonl
+    train_sft_vlm.py $common $images --data_path $data/sft.jsonl --learning_rate 1e-3 --max_steps 6000 \
+    --log_interval 100 --eval_data_path $data/val.jsonl
 stage seen $out/report_seen.json $score --data_path $data/eval_seen.jsonl --report $out/report_seen.json
 stage unseen $out/report_unseen.json $score --data_path $data/eval_unseen.jsonl --report $out/report_unseen.json
 stage blank $out/report_blank.json \
