@@ -266,7 +266,7 @@ def test_moe_equals_its_definition(options, padded):
     token_mask = torch.ones(3, 7, dtype=torch.bool)
     if padded:
         token_mask[1, 4:] = token_mask[2, :2] = False
-    output, aux_loss = moe(hidden, token_mask if padded else None)
+    output, aux_loss = moe(hidden, token_mask[:, None] if padded else None)
     expected, expected_aux_loss = plain_moe(reference, hidden.detach().clone().requires_grad_(), token_mask)
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(aux_loss, expected_aux_loss, atol=1e-6, rtol=1e-5)
