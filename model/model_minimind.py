@@ -2,7 +2,7 @@
 
 Usable by itself with `transformers` (generate, save_pretrained); nothing here knows of images or of training.
 Shapes: B batch, T tokens of this call, S tokens the keys cover, N = B * T, V vocabulary, C hidden size,
-H heads, K key/value heads, D head size, E routed experts, k experts per token.
+H heads, K key/value heads, D head size, E routed experts, k experts per token, R rows packed into one.
 """
 
 import math
@@ -17,6 +17,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 LOSS_CHUNK = 4096  # supervised positions whose logits are held at once
@@ -94,6 +95,7 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
     _no_split_modules = ["MiniMindBlock"]  # noqa: RUF012
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
 
     def __init__(self, config: MiniMindConfig | None = None):
         super().__init__(config if config is not None else self.config_class())
@@ -207,8 +209,16 @@ class MiniMindModel(nn.Module):
         if isinstance(past, int) and past + length > self.config.max_position_embeddings:
             limit = self.config.max_position_embeddings
             raise ValueError(f"the input has {past + length} tokens, but max_position_embeddings is {limit}")
-        mask = self._attention_mask(hidden, attention_mask, position_ids, past_key_values)
         padding_mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
+        token_mask = padding_mask[:, -length:].bool() if padding_mask is not None else None  # (B, T)
+        sequences = token_mask[:, None] if token_mask is not None else None  # (B, 1, T)
+        packed = self._packed_rows(hidden, attention_mask, token_mask, position_ids, past_key_values)
+        if packed is None:
+            mask = self._attention_mask(hidden, attention_mask, position_ids, past_key_values)
+        else:
+            mask = (packed[:, None, :] == packed[:, :, None]).tril()[:, None]  # (B, 1, T, T)
+            numbers = torch.arange(int(packed.max()) + 1, device=hidden.device)
+            sequences = packed[:, None] == numbers[:, None]  # (B, R, T)
         if position_ids is None:
             if padding_mask is not None:
                 position_ids = (padding_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]  # (B, T)
@@ -218,13 +228,31 @@ class MiniMindModel(nn.Module):
             self.freqs_cos[position_ids].unsqueeze(1),
             self.freqs_sin[position_ids].unsqueeze(1),
         )  # (B, 1, T, D)
-        token_mask = padding_mask[:, -length:].bool() if padding_mask is not None else None  # (B, T)
         aux_loss = torch.zeros((), device=hidden.device)
         for layer in self.layers:
-            hidden, layer_aux_loss = layer(hidden, rope, mask, past_key_values, token_mask)
+            hidden, layer_aux_loss = layer(hidden, rope, mask, sequences, past_key_values=past_key_values)
             if layer_aux_loss is not None:
                 aux_loss = aux_loss + layer_aux_loss
         return self.norm(hidden), aux_loss
+
+    def _packed_rows(
+        self,
+        hidden: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        token_mask: torch.Tensor | None,
+        position_ids: torch.LongTensor | None,
+        past_key_values: Cache | None,
+    ) -> torch.LongTensor | None:
+        """Which packed row each token belongs to (B, T), -1 at padding; None where nothing is packed."""
+        if position_ids is None or past_key_values is not None:
+            return None
+        if attention_mask is not None and token_mask is None:  # a ready-made mask says it all
+            return None
+        starts = position_ids.expand(hidden.shape[:2]) == 0  # (B, T)
+        if not bool(starts[:, 1:].any()):
+            return None
+        rows = starts.cumsum(-1)
+        return rows if token_mask is None else rows.masked_fill(~token_mask, -1)
 
     def _attention_mask(
         self,
@@ -242,7 +270,7 @@ class MiniMindModel(nn.Module):
         return create_causal_mask(self.config, hidden, attention_mask, past_key_values, position_ids)
 
 
-class MiniMindBlock(nn.Module):
+class MiniMindBlock(GradientCheckpointingLayer):
     def __init__(self, config: MiniMindConfig, layer_index: int):
         super().__init__()
         self.self_attn = Attention(config, layer_index)
@@ -255,13 +283,13 @@ class MiniMindBlock(nn.Module):
         hidden: torch.Tensor,
         rope: tuple[torch.Tensor, torch.Tensor],
         mask: torch.Tensor | None,
-        past_key_values: Cache | None,
-        token_mask: torch.Tensor | None,
+        sequences: torch.Tensor | None,
+        past_key_values: Cache | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), rope, mask, past_key_values)
         normed = self.post_attention_layernorm(hidden)
         if isinstance(self.mlp, MoE):
-            update, aux_loss = self.mlp(normed, token_mask)
+            update, aux_loss = self.mlp(normed, sequences)
         else:
             update, aux_loss = self.mlp(normed), None
         return hidden + update, aux_loss
@@ -338,9 +366,10 @@ class MoE(nn.Module):
         self.shared_experts = nn.ModuleList(FeedForward(config) for _ in range(config.n_shared_experts))
 
     def forward(
-        self, hidden: torch.Tensor, token_mask: torch.Tensor | None = None
+        self, hidden: torch.Tensor, sequences: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`token_mask` (B, T) is False at padding. The second result is None outside training."""
+        """`sequences` (B, R, T) says which tokens belong to a row's R-th sequence, padding to none; if None,
+        a row is one sequence. The second result is None outside training."""
         scores = self.gate(hidden).softmax(-1, dtype=torch.float32)  # (B, T, E)
         weights, choices = scores.topk(self.config.num_experts_per_tok, dim=-1, sorted=False)  # (B, T, k)
         if self.config.num_experts_per_tok > 1 and self.config.norm_topk_prob:
@@ -350,39 +379,77 @@ class MoE(nn.Module):
         )
         for expert in self.shared_experts:
             output = output + expert(hidden)
-        return output, self._balance_loss(scores, choices, token_mask) if self.training else None
+        return output, self._balance_loss(scores, choices, sequences) if self.training else None
 
+    @torch.compiler.disable  # sizes that depend on the data: it would compile again and again
     def _routed(self, tokens: torch.Tensor, choices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Tokens (N, C), choices and weights (N, k) -> (N, C): one gather, one slice per expert, back."""
+        """Tokens (N, C), choices and weights (N, k) -> (N, C): one gather, the experts, back."""
         k = choices.shape[1]
         order = choices.flatten().argsort(stable=True)  # (N * k,), choices sorted by expert
-        counts = choices.flatten().bincount(minlength=len(self.experts)).tolist()
-        slices = tokens.index_select(0, order // k).split(counts)  # each (tokens of the expert, C)
+        counts = choices.flatten().bincount(minlength=len(self.experts))  # (E,)
+        gathered = tokens.index_select(0, order // k)  # (N * k, C)
+        run = self._grouped_experts if has_grouped_matmul(gathered) else self._sliced_experts
+        outputs = run(gathered, counts).index_select(0, order.argsort())  # back in the tokens' order
+        return (outputs.view(-1, k, tokens.shape[1]) * weights.unsqueeze(-1).type_as(outputs)).sum(1)
+
+    def _sliced_experts(self, gathered: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         # In training an expert without tokens runs on none: its gradient is then zero, not missing (DDP).
         outputs = [
             expert(part)
-            for expert, part in zip(self.experts, slices, strict=True)
+            for expert, part in zip(self.experts, gathered.split(counts.tolist()), strict=True)
             if len(part) or self.training
         ]
-        outputs = torch.cat(outputs).index_select(0, order.argsort())  # (N * k, C), back in the tokens' order
-        return (outputs.view(-1, k, tokens.shape[1]) * weights.unsqueeze(-1).type_as(outputs)).sum(1)
+        return torch.cat(outputs)  # (N * k, C)
+
+    def _grouped_experts(self, gathered: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        ends = counts.cumsum(0, dtype=torch.int32)  # (E,)
+        dtype = matmul_dtype(gathered)
+
+        def project(states: torch.Tensor, name: str) -> torch.Tensor:
+            # Autocast does not know grouped_mm.
+            weights = [getattr(expert, name).weight.to(dtype) for expert in self.experts]
+            return F.grouped_mm(states.to(dtype), torch.stack(weights).transpose(1, 2), offs=ends)
+
+        first = self.experts[0]
+        inner = first.activation(project(gathered, "gate_proj")) * project(gathered, "up_proj")
+        return first.dropout(project(inner, "down_proj"))  # (N * k, C)
 
     def _balance_loss(
-        self, scores: torch.Tensor, choices: torch.Tensor, token_mask: torch.Tensor | None
+        self, scores: torch.Tensor, choices: torch.Tensor, sequences: torch.Tensor | None
     ) -> torch.Tensor:
         """alpha * mean over sequences of the sum over experts of (share of choices * E) * (mean score)."""
         chosen = F.one_hot(choices, scores.shape[-1]).sum(2).float()  # (B, T, E)
-        real = torch.ones_like(scores[..., :1]) if token_mask is None else token_mask.unsqueeze(-1).float()
+        if sequences is None:
+            sequences = torch.ones_like(scores[..., 0]).bool()[:, None]  # (B, 1, T)
         if not self.config.seq_aux:  # all tokens of the batch as one sequence
-            chosen, scores, real = (
-                chosen.flatten(0, 1)[None],
-                scores.flatten(0, 1)[None],
-                real.flatten(0, 1)[None],
-            )
-        tokens = real.sum(1).clamp(min=1)  # (B, 1)
-        share = (chosen * real).sum(1) / (tokens * self.config.num_experts_per_tok)  # (B, E)
-        mean_score = (scores * real).sum(1) / tokens  # (B, E)
-        return self.config.aux_loss_alpha * (share * scores.shape[-1] * mean_score).sum(-1).mean()
+            chosen, scores = chosen.flatten(0, 1)[None], scores.flatten(0, 1)[None]  # (1, B * T, E)
+            sequences = sequences.any(1).flatten()[None, None]  # (1, 1, B * T)
+        member = sequences.unsqueeze(-1).float()  # (B, R, T, 1)
+        tokens = member.sum(2)  # (B, R, 1)
+        divisor = tokens.clamp(min=1)
+        share = (chosen[:, None] * member).sum(2) / (divisor * self.config.num_experts_per_tok)  # (B, R, E)
+        mean_score = (scores[:, None] * member).sum(2) / divisor  # (B, R, E)
+        losses = (share * scores.shape[-1] * mean_score).sum(-1)  # (B, R), 0 where a sequence has no token
+        return self.config.aux_loss_alpha * losses.sum() / (tokens > 0).sum().clamp(min=1)
+
+
+def has_grouped_matmul(states: torch.Tensor) -> bool:
+    """Whether one kernel multiplies all experts' tokens: CUDA in bf16, rows of whole 16 bytes.
+
+    Not on the CPU: there `grouped_mm` is a loop inside, and copies the weights (512 x 1408, 4 experts, 3000
+    choices, fp32, forward and backward: 456 to 475 ms, slices 448 to 458 ms).
+    """
+    if not hasattr(F, "grouped_mm"):  # torch before 2.10
+        return False
+    if not states.is_cuda or matmul_dtype(states) != torch.bfloat16 or states.shape[1] % 8:
+        return False
+    return torch.cuda.get_device_capability(states.device) >= (8, 0)
+
+
+def matmul_dtype(states: torch.Tensor) -> torch.dtype:
+    """What a linear layer would compute in here."""
+    device = states.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
 
 
 class RMSNorm(nn.Module):
@@ -392,7 +459,11 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        normed = F.rms_norm(hidden.float(), self.weight.shape, eps=self.eps)
+        if hidden.is_cuda:  # one kernel
+            normed = F.rms_norm(hidden.float(), self.weight.shape, eps=self.eps)
+        else:  # where rms_norm is made of single operations, this has fewer of them in the backward pass
+            norm = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True, dtype=torch.float32)  # (B, T, 1)
+            normed = hidden * torch.rsqrt(norm.square() / hidden.shape[-1] + self.eps)
         return self.weight * normed.type_as(hidden)
 
 

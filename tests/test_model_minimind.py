@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from transformers.generation.streamers import BaseStreamer
 
 import model.model_minimind
 from model.model_minimind import Attention, MiniMindConfig, MiniMindForCausalLM, MoE, rope_tables
+from trainer.distributed import Runtime
+from trainer.loop import distribute
 
 TINY = dict(
     hidden_size=64,
@@ -266,7 +269,7 @@ def test_moe_equals_its_definition(options, padded):
     token_mask = torch.ones(3, 7, dtype=torch.bool)
     if padded:
         token_mask[1, 4:] = token_mask[2, :2] = False
-    output, aux_loss = moe(hidden, token_mask if padded else None)
+    output, aux_loss = moe(hidden, token_mask[:, None] if padded else None)
     expected, expected_aux_loss = plain_moe(reference, hidden.detach().clone().requires_grad_(), token_mask)
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(aux_loss, expected_aux_loss, atol=1e-6, rtol=1e-5)
@@ -289,6 +292,131 @@ def test_expert_without_a_token_has_a_zero_gradient():
     assert all(parameter.grad is not None for parameter in moe.parameters())
     assert not moe.experts[3].up_proj.weight.grad.any()
     assert moe.experts[0].up_proj.weight.grad.any() or moe.experts[1].up_proj.weight.grad.any()
+
+
+@pytest.mark.parametrize("options", MOE_VARIANTS.values(), ids=MOE_VARIANTS)
+def test_grouped_matmul_equals_slices(monkeypatch, options):
+    one = build(use_moe=True, **options).model.layers[0].mlp.train()
+    other = copy.deepcopy(one)
+    hidden = torch.randn(2, 9, 64)
+    direction = torch.randn(2, 9, 64)
+    expected = one(hidden)[0]
+    (expected * direction).sum().backward()
+    monkeypatch.setattr(model.model_minimind, "has_grouped_matmul", lambda states: True)
+    output = other(hidden)[0]
+    (output * direction).sum().backward()
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-4)
+    for parameter, reference in zip(other.parameters(), one.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, reference.grad, atol=1e-4, rtol=1e-3)
+
+
+def test_moe_trains_in_bfloat16():
+    lm = build(use_moe=True).train()
+    ids = torch.stack(random_rows([16, 16]))
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(8):
+        with torch.autocast("cpu", torch.bfloat16):
+            output = lm(ids, labels=ids)
+        (output.loss + output.aux_loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(output.loss.item())
+    assert all(map(math.isfinite, losses))
+    assert losses[-1] < losses[0] - 0.3
+
+
+def pack(rows: list[list[torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids, mask and restarting positions; padding goes on the right, its positions are zeros."""
+    ids, mask = pad([torch.cat(parts) for parts in rows], "right")
+    positions = [torch.cat([torch.arange(len(part)) for part in parts]) for parts in rows]
+    return ids, mask, torch.nn.utils.rnn.pad_sequence(positions, batch_first=True)
+
+
+@pytest.mark.parametrize("use_moe", [False, True], ids=["dense", "moe"])
+def test_packed_rows_equal_single_rows(use_moe):
+    lm = build(use_moe=use_moe).train()
+    rows = random_rows([6, 9, 4, 11])
+    ids, mask, positions = pack([rows[:3], rows[3:]])
+    output = lm(ids, attention_mask=mask, position_ids=positions)
+    alone = [lm(row[None]) for row in rows]
+    expected = torch.cat([single.logits[0] for single in alone])
+    torch.testing.assert_close(output.logits[mask.bool()], expected, **close)
+    aux_loss = torch.stack([single.aux_loss for single in alone]).mean()
+    torch.testing.assert_close(output.aux_loss, aux_loss, atol=1e-5, rtol=0)
+    assert (aux_loss > 0) == use_moe
+
+
+def step(lm: MiniMindForCausalLM, ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    torch.manual_seed(9)  # of dropout
+    output = lm(ids, labels=ids)
+    loss = output.loss + output.aux_loss
+    return loss, torch.autograd.grad(loss, [p for p in lm.parameters() if p.requires_grad])
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["all", "last"])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("use_moe", [False, True], ids=["dense", "moe"])
+def test_checkpointing_changes_no_gradient(use_moe, dropout, frozen):
+    lm = build(use_moe=use_moe, dropout=dropout).train()
+    if frozen:
+        for name, parameter in lm.named_parameters():
+            parameter.requires_grad_(name.startswith("model.layers.1."))
+    ids = torch.stack(random_rows([12, 12]))
+    loss, gradients = step(lm, ids)
+    lm.activation_checkpointing_enable()
+    lm.disable_input_require_grads()
+    again, recomputed = step(lm, ids)
+    torch.testing.assert_close(again, loss)
+    for one, other in zip(recomputed, gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def saved_bytes(lm: MiniMindForCausalLM, embedded: torch.Tensor) -> int:
+    """What the backward pass through the blocks keeps, weights and tables aside."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*lm.parameters(), *lm.buffers())}
+    kept = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = lm.model(inputs_embeds=embedded)
+    assert output[0].requires_grad
+    return sum(kept.values())
+
+
+def test_checkpointing_and_frozen_layers_keep_less():
+    lm = build(num_hidden_layers=6).train()
+    embedded = torch.randn(2, 30, 64, requires_grad=True)
+    everything = saved_bytes(lm, embedded)
+    lm.requires_grad_(False)
+    # A frozen linear layer or norm needs its weight, not its input.
+    assert saved_bytes(lm, embedded) < 0.7 * everything
+    lm.requires_grad_(True)
+    lm.activation_checkpointing_enable()
+    assert saved_bytes(lm, embedded) < 0.25 * everything
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("use_moe", [False, True], ids=["dense", "moe"])
+def test_compilations_are_bounded_whatever_the_lengths(use_moe):
+    plain = build(use_moe=use_moe).train()
+    compiled = copy.deepcopy(plain)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    flags = SimpleNamespace(compile=True)
+    assert distribute(compiled, flags, Runtime(torch.device("cpu"))) is compiled
+    for length in (17, 23, 40, 9, 31, 64, 50, 12):
+        ids, mask = pad(random_rows([length, length - 3, 5]), "right")
+        labels = ids.masked_fill(mask == 0, -100)
+        losses = [lm(ids, attention_mask=mask, labels=labels).loss for lm in (plain, compiled)]
+        torch.testing.assert_close(*losses, **close)
+        losses[1].backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= (6 if use_moe else 2)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

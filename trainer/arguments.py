@@ -61,6 +61,9 @@ class TrainingFlags:
         "auto", "precision of the forward pass; auto is bfloat16 where the hardware has it", DTYPES
     )
     compile: bool = flag(False, "compile the model with torch.compile")
+    activation_checkpointing: bool = flag(
+        False, "recompute each layer's activations in the backward pass: less memory, about a third slower"
+    )
     num_workers: int = flag(
         min(8, os.cpu_count() or 1), "processes that prepare batches; 0: none besides this one"
     )

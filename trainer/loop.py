@@ -204,9 +204,13 @@ def step_loader(
 
 def distribute(model: torch.nn.Module, flags: TrainingFlags, runtime: Runtime) -> torch.nn.Module:
     """The callable that trains: compiled if asked for, under DDP where there are several ranks."""
-    forward = torch.compile(model, dynamic=True) if flags.compile else model
+    if flags.compile:
+        # Block by block: they share one compilation, and what depends on the data (images, masks, loss) stays
+        # outside, so that the number of compilations is bounded whatever the lengths.
+        for layer in model.model.layers:
+            layer.compile(dynamic=True)
     if runtime.world_size == 1:
-        return forward
+        return model
     ids = [runtime.device.index] if runtime.device.type == "cuda" else None
     # The encoder's and RoPE's buffers never change: nothing to broadcast.
-    return DistributedDataParallel(forward, device_ids=ids, broadcast_buffers=False)
+    return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)

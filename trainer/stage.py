@@ -46,6 +46,9 @@ def run_stage(flags: TrainingFlags, stage: str, bases: tuple[str, ...]) -> int:
         model.to(run.device)
         if isinstance(flags, VLMTrainingFlags):
             set_trainable(model, flags.trainable)
+        if flags.activation_checkpointing:
+            model.activation_checkpointing_enable()
+            model.disable_input_require_grads()  # only re-entrant checkpoints need them; frozen layers do not
         samples = open_samples(flags.data_path, model, processor, flags, run)
         eval_samples = None
         if flags.eval_data_path:
