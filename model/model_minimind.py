@@ -459,11 +459,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        if hidden.is_cuda:  # one kernel
-            normed = F.rms_norm(hidden.float(), self.weight.shape, eps=self.eps)
-        else:  # where rms_norm is made of single operations, this has fewer of them in the backward pass
-            norm = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True, dtype=torch.float32)  # (B, T, 1)
-            normed = hidden * torch.rsqrt(norm.square() / hidden.shape[-1] + self.eps)
+        normed = F.rms_norm(hidden.float(), self.weight.shape, eps=self.eps)
         return self.weight * normed.type_as(hidden)
 
 
