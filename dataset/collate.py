@@ -25,7 +25,8 @@ class StepSampler(Sampler):
     of a step depend on batch_size * accumulation_steps * world_size only, not on how they are split, and
     ranks get rows of nearly equal lengths. All ranks have the same number of micro-batches; one without a row
     of its own (end of the epoch) gets `-1 - row`: that row is only there to keep the ranks in step and has no
-    weight.
+    weight. With `tokens_per_batch`, a micro-batch has as many rows as fit instead of `batch_size`: longest
+    row times rows is at most that, and the number of steps differs a little from epoch to epoch.
     """
 
     def __init__(
@@ -37,34 +38,57 @@ class StepSampler(Sampler):
         world_size: int = 1,
         seed: int = 0,
         shuffle: bool = True,
+        tokens_per_batch: int | None = None,
     ):
         self.lengths, self.seed, self.shuffle = lengths, seed, shuffle
         self.rank, self.world_size = rank, world_size
+        self.accumulation_steps, self.tokens_per_batch = accumulation_steps, tokens_per_batch
+        if tokens_per_batch:  # for the size of a window
+            batch_size = max(int(tokens_per_batch / max(lengths.mean(), 1)), 1)
         self.micro_rows = batch_size * world_size
         self.step_rows = self.micro_rows * accumulation_steps
-        self.epoch = 0
+        self.epoch = self.first_step = 0
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, first_step: int = 0) -> None:
+        """Iterating yields the steps of `epoch` from `first_step` on: what is left of it after that many."""
+        self.epoch, self.first_step = epoch, first_step
 
     def __len__(self) -> int:
+        return max(self.steps_of_epoch(self.epoch) - self.first_step, 0)
+
+    def steps_of_epoch(self, epoch: int) -> int:
+        if self.tokens_per_batch:
+            return len(self._steps(epoch))
         return -(-len(self.lengths) // self.step_rows)
 
     def __iter__(self) -> Iterator[list[list[int]]]:
-        for step in self._steps():
-            micros = [step[i : i + self.micro_rows] for i in range(0, len(step), self.micro_rows)]
-            yield [micro[self.rank :: self.world_size].tolist() or [-1 - int(micro[0])] for micro in micros]
+        for step in self._steps(self.epoch)[self.first_step :]:
+            yield [micro[self.rank :: self.world_size].tolist() or [-1 - int(micro[0])] for micro in step]
 
-    def _steps(self) -> list[np.ndarray]:
-        """Row numbers of each step, all ranks together."""
-        generator = np.random.default_rng((self.seed, self.epoch))
+    def _steps(self, epoch: int) -> list[list[np.ndarray]]:
+        """Row numbers of the micro-batches of each step, all ranks together."""
+        generator = np.random.default_rng((self.seed, epoch))
         order = generator.permutation(len(self.lengths)) if self.shuffle else np.arange(len(self.lengths))
         window = self.step_rows * WINDOW_STEPS
+        micros: list[np.ndarray] = []
         for start in range(0, len(order), window):
             part = order[start : start + window]
-            order[start : start + window] = part[np.argsort(self.lengths[part], kind="stable")]
-        steps = [order[i : i + self.step_rows] for i in range(0, len(order), self.step_rows)]
+            micros += self._micro_batches(part[np.argsort(self.lengths[part], kind="stable")])
+        steps = [
+            micros[i : i + self.accumulation_steps] for i in range(0, len(micros), self.accumulation_steps)
+        ]
         return [steps[i] for i in generator.permutation(len(steps))] if self.shuffle else steps
+
+    def _micro_batches(self, rows: np.ndarray) -> Iterator[np.ndarray]:
+        """Cuts a window's rows, which are sorted by length."""
+        if self.tokens_per_batch is None:
+            yield from (rows[i : i + self.micro_rows] for i in range(0, len(rows), self.micro_rows))
+            return
+        rows = rows[::-1]  # the first row of a micro-batch, its longest, says how many fit
+        while len(rows):
+            fit = max(self.tokens_per_batch // int(self.lengths[rows[0]]), 1) * self.world_size
+            yield rows[:fit]
+            rows = rows[fit:]
 
 
 class StepDataset(Dataset):

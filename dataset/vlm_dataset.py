@@ -57,7 +57,10 @@ class VLMDataset(Dataset):
         self.tokens = self.rows.map(
             _count_tokens,
             batched=True,
-            fn_kwargs={"tokenizer": processor.tokenizer},
+            fn_kwargs={
+                "tokenizer": processor.tokenizer,
+                "system_tokens": _default_system_tokens(processor),
+            },
             remove_columns=self.rows.column_names,
             desc="counting tokens",
         )  # kept in the cache of `datasets`, beside the rows
@@ -75,7 +78,7 @@ class VLMDataset(Dataset):
         return len(self.rows)
 
     def lengths(self) -> np.ndarray:
-        """(len(self),) int64: tokens of each row, placeholders included; off by a few at the seams."""
+        """(len(self),) int64: tokens of each row, placeholders included; a few more than it has at most."""
         counts = self.tokens.data.table
         text, images = (counts.column(name).to_numpy() for name in ("text", "images"))
         return np.minimum(text + images * self.processor.tokens_per_image, self.max_length)
@@ -114,12 +117,24 @@ class VLMDataset(Dataset):
         return [processor.placeholder_id] * processor.tokens_per_image
 
 
-def _count_tokens(rows: dict[str, list], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
-    """Tokens of each row's text, with those around its turns, and its number of images."""
+def _count_tokens(
+    rows: dict[str, list], tokenizer: PreTrainedTokenizerBase, system_tokens: int
+) -> dict[str, list[int]]:
+    """Tokens of each row's text, with those around its turns and images, and its number of images."""
     texts = [text.replace(IMAGE_MARKER, "") for contents in rows["contents"] for text in contents]
     counts = iter([len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]])
     text = [sum(next(counts) + TOKENS_AROUND_A_TURN for _ in contents) for contents in rows["contents"]]
-    return {"text": text, "images": [len(images) for images in rows["images"]]}
+    images = [len(images) for images in rows["images"]]
+    for i, roles in enumerate(rows["roles"]):
+        text[i] += images[i] + (system_tokens if roles and roles[0] != "system" else 0)  # a newline each
+    return {"text": text, "images": images}
+
+
+def _default_system_tokens(processor: MiniMindVLMProcessor) -> int:
+    """Tokens of the system turn that a row without one gets."""
+    user = {"role": "user", "content": "?"}
+    given = processor.encode_prompt([{"role": "system", "content": "?"}, user])
+    return len(processor.encode_prompt([user])) - len(given) + 1 + TOKENS_AROUND_A_TURN
 
 
 def cut(

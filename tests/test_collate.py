@@ -48,10 +48,58 @@ def test_epochs_differ_and_repeat():
     assert rows_of_steps(8, 1, 1, epoch=1) == rows_of_steps(8, 1, 1, epoch=1)
 
 
-def test_padding_is_small():
-    steps = [sorted(LENGTHS[list(step)]) for step in rows_of_steps(8, 1, 1)]
-    padded = sum(lengths[-1] * len(lengths) for lengths in steps)
-    assert 1 - LENGTHS.sum() / padded < 0.05
+@pytest.mark.parametrize("budget", [None, 3000])
+@pytest.mark.parametrize("epoch", [0, 3])
+@pytest.mark.parametrize("first", [0, 1, 17, 10_000])
+def test_an_epoch_goes_on_at_any_step(budget, epoch, first):
+    sampler = StepSampler(LENGTHS, 4, 2, seed=3, tokens_per_batch=budget)
+    sampler.set_epoch(epoch)
+    whole = list(sampler)
+    assert len(sampler) == len(whole) == sampler.steps_of_epoch(epoch)
+    sampler.set_epoch(epoch, first)
+    assert list(sampler) == whole[first:]
+    assert len(sampler) == len(whole[first:])
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("budget", [500, 1999, 4000])
+def test_a_token_budget_fills_micro_batches(budget, world):
+    samplers = [
+        StepSampler(LENGTHS, 4, 2, rank, world, seed=3, tokens_per_batch=budget) for rank in range(world)
+    ]
+    ranks = [list(sampler) for sampler in samplers]
+    assert len(set(map(len, ranks))) == 1
+    assert all(len(set(map(len, step))) == 1 for step in zip(*ranks, strict=True))
+    rows = [row for rank in ranks for step in rank for micro in step for row in micro if row >= 0]
+    assert sorted(rows) == list(range(len(LENGTHS)))
+    padded = [
+        [LENGTHS[micro].max() * len(micro) for step in rank for micro in step if micro[0] >= 0]
+        for rank in ranks
+    ]
+    assert max(map(max, padded)) <= budget
+    assert np.mean(np.concatenate(padded)) > (0.65 if budget == 500 else 0.85) * budget
+    tokens = [sum(rank) for rank in padded]
+    assert max(tokens) - min(tokens) < 0.03 * max(tokens)
+
+
+GENERATOR = np.random.default_rng(0)
+DISTRIBUTIONS = {
+    "dialogues": (np.clip(GENERATOR.lognormal(np.log(380), 0.35, 1000), 210, 700).astype(int), 4),
+    "captions": (GENERATOR.integers(205, 261, 1000), 16),
+    "any": (LENGTHS, 8),
+}
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+@pytest.mark.parametrize("budget", [None, 4096])
+@pytest.mark.parametrize("world", [1, 2])
+def test_padding_is_below_five_percent(name, budget, world):
+    lengths, batch_size = DISTRIBUTIONS[name]
+    padded = 0
+    for rank in range(world):
+        for step in StepSampler(lengths, batch_size, 1, rank, world, tokens_per_batch=budget):
+            padded += sum(lengths[micro].max() * len(micro) for micro in step if micro[0] >= 0)
+    assert 0 <= 1 - lengths.sum() / padded < 0.05
 
 
 def test_a_rank_without_a_row_gets_one_without_weight():

@@ -3,10 +3,11 @@
 import math
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 
-from dataset.collate import StepDataset
+from dataset.collate import StepDataset, StepSampler
 from dataset.vlm_dataset import VLMDataset
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.processing_vlm import MiniMindVLMProcessor
@@ -82,15 +83,24 @@ def test_schedule_warms_up_then_falls_to_a_tenth():
     assert rates[-1] == pytest.approx(0.1, abs=1e-3) and sorted(rates[4:], reverse=True) == rates[4:]
 
 
-def test_max_steps_cuts_epochs_short():
-    assert planned_steps(10, TrainingFlags(data_path=["x"], epochs=3)) == 30
-    assert planned_steps(10, TrainingFlags(data_path=["x"], epochs=3, max_steps=7)) == 7
+@pytest.mark.parametrize("budget", [None, 2000])
+def test_all_steps_of_all_epochs_are_planned(budget):
+    lengths = np.random.default_rng(0).integers(10, 500, 3000)
+    sampler = StepSampler(lengths, 7, 1, tokens_per_batch=budget)
+    steps = []
+    for epoch in range(6):
+        sampler.set_epoch(epoch)
+        steps.append(len(list(sampler)))
+    assert planned_steps(sampler, TrainingFlags(data_path=["x"], epochs=6)) == sum(steps)
+    assert planned_steps(sampler, TrainingFlags(data_path=["x"], epochs=6, max_steps=7)) == 7
+    assert (len(set(steps)) > 1) == (budget is not None)
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"batch_size": 0}, "--batch_size must be above 0, found 0"),
+        ({"tokens_per_batch": 0}, "--tokens_per_batch must be above 0, found 0"),
         ({"max_steps": 0}, "--max_steps must be above 0"),
         ({"learning_rate": -1.0}, "--learning_rate must be above 0"),
         ({"num_workers": -1}, "--num_workers must not be negative"),

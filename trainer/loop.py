@@ -40,7 +40,7 @@ def train(
     """
     sampler = step_sampler(samples, flags, runtime)
     loader = step_loader(samples, sampler, flags, runtime)
-    total_steps = planned_steps(len(sampler), flags)
+    total_steps = planned_steps(sampler, flags)
     dtype = resolve_dtype(flags.dtype, runtime.device)
     autocast = torch.autocast(runtime.device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=dtype == torch.float16)
@@ -48,9 +48,8 @@ def train(
     optimizer = torch.optim.AdamW(learning, lr=flags.learning_rate, fused=True)
     forward = distribute(model, flags, runtime)
     model.train()
-    step = learnt_tokens = 0
+    step = epoch = learnt_tokens = 0
     while step < total_steps:
-        epoch = step // len(sampler)
         sampler.set_epoch(epoch)
         for micro_batches in loader:
             try:
@@ -88,6 +87,7 @@ def train(
                 break
         if not learnt_tokens:
             raise DataError(f"no row has a supervised token within --max_seq_len {flags.max_seq_len}")
+        epoch += 1
     return 0
 
 
@@ -147,7 +147,13 @@ def evaluate(
     """Mean loss over the supervised tokens of all rows, in the training precision; every rank must call
     it."""
     sampler = StepSampler(
-        samples.lengths(), flags.batch_size, 1, runtime.rank, runtime.world_size, shuffle=False
+        samples.lengths(),
+        flags.batch_size,
+        1,
+        runtime.rank,
+        runtime.world_size,
+        shuffle=False,
+        tokens_per_batch=flags.tokens_per_batch,
     )
     dtype = resolve_dtype(flags.dtype, runtime.device)
     loss, tokens = 0.0, 0
@@ -172,8 +178,14 @@ def learning_rate(step: int, total_steps: int, flags: TrainingFlags) -> float:
     return flags.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
 
-def planned_steps(steps_per_epoch: int, flags: TrainingFlags) -> int:
-    return min(steps_per_epoch * flags.epochs, flags.max_steps or math.inf)
+def planned_steps(sampler: StepSampler, flags: TrainingFlags) -> int:
+    """Optimizer steps of the whole run: those of all epochs, or --max_steps if that is less."""
+    steps = 0
+    for epoch in range(flags.epochs):
+        steps += sampler.steps_of_epoch(epoch)
+        if flags.max_steps and steps >= flags.max_steps:
+            return flags.max_steps
+    return steps
 
 
 def step_sampler(samples: VLMDataset, flags: TrainingFlags, runtime: Runtime) -> StepSampler:
@@ -184,6 +196,7 @@ def step_sampler(samples: VLMDataset, flags: TrainingFlags, runtime: Runtime) ->
         runtime.rank,
         runtime.world_size,
         flags.seed,
+        tokens_per_batch=flags.tokens_per_batch,
     )
 
 

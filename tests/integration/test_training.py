@@ -1,6 +1,7 @@
 """The training scripts as users run them: stages, files, metrics, signals, ranks, and bad input."""
 
 import json
+import math
 import os
 import resource
 import signal
@@ -235,6 +236,17 @@ def test_a_full_disk_keeps_the_previous_weights(data, tmp_path):
     assert "cannot write" in line and "the previous pretrain_vlm_64.pth is intact" in line
     assert (out / "pretrain_vlm_64.pth").read_bytes() == b"previous"
     assert sorted(path.name for path in out.iterdir()) == ["pretrain_vlm_64.pth", "runs"]
+
+
+def test_a_token_budget_trains_and_says_if_a_row_does_not_fit(data, tmp_path, run):
+    out = tmp_path / "out"
+    run(*pretrain(data, out, "--tokens_per_batch", 750, "--epochs", 2))
+    trained = records(out, "pretrain_vlm_64")
+    assert [line["step"] for line in trained] == [*range(1, 7)]  # three rows of about 245 tokens each
+    last = 4e-4 * (0.1 + 0.45 * (1 + math.cos(math.pi * 5 / 6)))  # the schedule knows the number of steps
+    assert trained[-1]["learning_rate"] == pytest.approx(last) and trained[-1]["epoch"] == 1
+    line = error_line(run(*pretrain(data, out, "--tokens_per_batch", 200), expect=1))
+    assert "--tokens_per_batch 200: a row of" in line and "captions.jsonl" in line and "--max_seq_len" in line
 
 
 def test_features_and_half_precision_train_as_well(data, tmp_path, run):
