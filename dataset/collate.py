@@ -4,6 +4,7 @@ A *step* is what one optimizer step consumes: `accumulation_steps` micro-batches
 ranks. Shapes: B rows, T tokens, N most images of a row.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -94,8 +95,8 @@ class StepSampler(Sampler):
 class StepDataset(Dataset):
     """Lets a DataLoader fetch whole steps: an index is a step's list of micro-batches."""
 
-    def __init__(self, samples: VLMDataset, pad_token_id: int):
-        self.samples, self.pad_token_id = samples, pad_token_id
+    def __init__(self, samples: VLMDataset, pad_token_id: int, pack_length: int | None = None):
+        self.samples, self.pad_token_id, self.pack_length = samples, pad_token_id, pack_length
 
     def __getitem__(self, step: list[list[int]]) -> list[dict] | DataError:
         """The step's micro-batches. A DataError is returned, not raised: a worker process would bury it."""
@@ -110,35 +111,70 @@ class StepDataset(Dataset):
         useful = [sample for sample in samples if sample.supervised]
         if rows[0] < 0 or not useful:  # keep the ranks in step with a row that counts for nothing
             silent = replace(samples[0], labels=[IGNORE_INDEX] * len(samples[0].labels))
-            batch = collate([silent], self.pad_token_id)
+            batch = collate([silent], self.pad_token_id, self.pack_length)
             return batch | {"rows": 0, "skipped_rows": skipped if rows[0] >= 0 else 0}
-        return collate(useful, self.pad_token_id) | {"rows": len(useful), "skipped_rows": skipped}
+        batch = collate(useful, self.pad_token_id, self.pack_length)
+        return batch | {"rows": len(useful), "skipped_rows": skipped}
 
 
-def collate(samples: list[Sample], pad_token_id: int) -> dict:
+def collate(samples: list[Sample], pad_token_id: int, pack_length: int | None = None) -> dict:
     """Right-padded tensors: input_ids, labels, attention_mask (B, T) int64; where a row has images also
     pixel_values (B, N, 3, H, W) or image_features (B, N, P, W), and image_counts (B,) int64; the counts
-    `supervised_tokens` (labels that count) and `tokens` (without padding)."""
-    shape = len(samples), max(len(sample.input_ids) for sample in samples)
+    `supervised_tokens` (labels that count) and `tokens` (without padding).
+
+    With `pack_length`, several samples share a row of at most that many tokens (or of the longest sample's),
+    and position_ids (B, T) take the place of attention_mask: the library sees from them, and only where there
+    is no mask, that a sequence begins at each 0. Padding has 0 throughout: sequences of one token.
+    """
+    lengths = [len(sample.input_ids) for sample in samples]
+    rows = pack(lengths, pack_length) if pack_length else [[i] for i in range(len(samples))]
+    shape = len(rows), max(sum(lengths[i] for i in row) for row in rows)
     input_ids = torch.full(shape, pad_token_id)  # (B, T)
     labels = torch.full(shape, IGNORE_INDEX)  # (B, T)
     attention_mask = torch.zeros(shape, dtype=torch.long)  # (B, T)
-    for i, sample in enumerate(samples):
-        length = len(sample.input_ids)
-        input_ids[i, :length] = torch.tensor(sample.input_ids)
-        labels[i, :length] = torch.tensor(sample.labels)
-        attention_mask[i, :length] = 1
+    position_ids = torch.zeros(shape, dtype=torch.long)  # (B, T)
+    for number, row in enumerate(rows):
+        end = 0
+        for i in row:
+            start, end = end, end + lengths[i]
+            input_ids[number, start:end] = torch.tensor(samples[i].input_ids)
+            labels[number, start + 1 : end] = torch.tensor(
+                samples[i].labels[1:]
+            )  # nothing predicts the first
+            position_ids[number, start:end] = torch.arange(lengths[i])
+        attention_mask[number, :end] = 1
     batch = {
         "input_ids": input_ids,
         "labels": labels,
-        "attention_mask": attention_mask,
-        "supervised_tokens": int((labels[:, 1:] != IGNORE_INDEX).sum()),
-        "tokens": int(attention_mask.sum()),
+        "supervised_tokens": int((labels != IGNORE_INDEX).sum()),
+        "tokens": sum(lengths),
     }
+    batch |= {"position_ids": position_ids} if pack_length else {"attention_mask": attention_mask}
     for name in ("pixel_values", "image_features"):
-        found = [getattr(sample, name) for sample in samples]
-        if any(images is not None for images in found):
-            counts = torch.tensor([0 if images is None else len(images) for images in found])  # (B,)
-            real = torch.cat([images for images in found if images is not None])
-            batch |= {name: image_slots(real, counts), "image_counts": counts}
+        found = [[getattr(samples[i], name) for i in row] for row in rows]
+        real = [images for row in found for images in row if images is not None]
+        if real:
+            counts = torch.tensor([sum(len(images) for images in row if images is not None) for row in found])
+            batch |= {name: image_slots(torch.cat(real), counts), "image_counts": counts}
     return batch
+
+
+def pack(lengths: list[int], pack_length: int) -> list[list[int]]:
+    """Groups the numbers of `lengths` into sequences of at most `pack_length` tokens, or of one sample.
+
+    Longest first, each into the sequence that is emptiest so far, for each possible number of sequences; what
+    needs the fewest tokens, padding included, wins, and of equals the fewest sequences.
+    """
+    limit = max(pack_length, *lengths)
+    best: list[list[int]] = []
+    best_tokens = math.inf
+    for count in range(-(-sum(lengths) // limit), len(lengths) + 1):
+        rows: list[list[int]] = [[] for _ in range(count)]
+        filled = [0] * count
+        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+            emptiest = filled.index(min(filled))
+            rows[emptiest].append(i)
+            filled[emptiest] += lengths[i]
+        if max(filled) <= limit and count * max(filled) < best_tokens:
+            best, best_tokens = rows, count * max(filled)
+    return best

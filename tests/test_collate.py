@@ -1,10 +1,12 @@
 """Which rows go together, and what a batch holds."""
 
+import itertools
+
 import numpy as np
 import pytest
 from conftest import write_rows
 
-from dataset.collate import StepDataset, StepSampler
+from dataset.collate import StepDataset, StepSampler, pack
 from dataset.errors import DataError
 from dataset.vlm_dataset import VLMDataset
 from model.processing_vlm import IGNORE_INDEX
@@ -145,3 +147,38 @@ def test_a_bad_row_is_returned_not_raised(data, processor):
     steps = StepDataset(VLMDataset([data / "captions.jsonl"], processor, 512, data / "images"), 0)
     (data / "images/0.png").unlink()
     assert isinstance(steps[[[0]]], DataError)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "limit", "sequences", "tokens"),
+    [
+        ([4, 4, 4, 4, 4], 12, 5, 4),  # two sequences would have padding
+        ([4, 4, 4, 4], 12, 2, 8),
+        ([9, 1, 5, 4, 1], 10, 2, 10),
+        ([30, 2, 2], 10, 2, 30),
+        ([7], 100, 1, 7),
+    ],
+)
+def test_packing_needs_the_fewest_tokens(lengths, limit, sequences, tokens):
+    rows = pack(lengths, limit)
+    filled = [sum(lengths[i] for i in row) for row in rows]
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    assert max(filled) <= max(limit, *lengths)
+    assert (len(rows), max(filled)) == (sequences, tokens)
+
+
+def test_packed_rows_keep_their_own_positions_and_pictures(data, processor):
+    samples = VLMDataset([data / "dialogues.jsonl"], processor, 512, data / "images")
+    (plain,) = StepDataset(samples, 0)[[list(range(8))]]
+    (packed,) = StepDataset(samples, 0, 150)[[list(range(8))]]
+    assert "attention_mask" not in packed and packed["input_ids"].shape[1] <= 150
+    assert len(packed["input_ids"]) < 8
+    for name in ("supervised_tokens", "tokens", "rows"):
+        assert packed[name] == plain[name]
+    found = []
+    for ids, positions in zip(packed["input_ids"], packed["position_ids"], strict=True):
+        starts = [*(positions == 0).nonzero().flatten().tolist(), len(ids)]
+        found += [ids[a:b].tolist() for a, b in itertools.pairwise(starts) if b - a > 1]
+    assert sorted(found) == sorted(samples[i].input_ids for i in range(8))
+    assert packed["image_counts"].sum() == plain["image_counts"].sum()
+    assert (packed["labels"][packed["position_ids"] == 0] == IGNORE_INDEX).all()

@@ -13,7 +13,7 @@ from model.model_vlm import MiniMindVLM, VLMConfig
 from model.processing_vlm import MiniMindVLMProcessor
 from trainer.arguments import TrainingFlags
 from trainer.distributed import Runtime
-from trainer.loop import backward, count, learning_rate, planned_steps
+from trainer.loop import MODEL_INPUTS, backward, count, learning_rate, planned_steps
 from trainer.setup import set_trainable
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -46,6 +46,48 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(data, processor, con
     worst = max(float((whole[name] - halves[name]).abs().max()) for name in whole)
     assert worst < 1e-5
     assert max(float(grad.abs().max()) for grad in whole.values()) > 1e-2
+
+
+def test_packed_rows_give_the_logits_and_the_gradient_of_unpacked_ones(data, processor):
+    from conftest import TINY_ENCODER
+
+    model = tiny_model(TINY_ENCODER)
+    set_trainable(model, "proj_llm")
+    full = MiniMindVLMProcessor(processor.image_processor, processor.tokenizer, tokens_per_image=196)
+    samples = VLMDataset([data / "dialogues.jsonl", data / "texts.jsonl"], full, 1024, data / "images")
+    rows = [list(range(16))]
+    (plain,), (packed,) = StepDataset(samples, 0)[rows], StepDataset(samples, 0, 700)[rows]
+    assert len(packed["input_ids"]) < 16
+    assert plain["image_counts"].unique().tolist() == [0, 1, 2]
+
+    def forward(batch):
+        return model(**{name: batch[name] for name in MODEL_INPUTS if name in batch})
+
+    with torch.no_grad():
+        expected, found = forward(plain), forward(packed)
+    assert found.loss.item() == pytest.approx(expected.loss.item(), abs=1e-5)
+    spans = packed_spans(packed)
+    assert len(spans) == 16 and sum(len(span) for _, span in spans) == plain["tokens"]
+    for row, span in spans:
+        ids = packed["input_ids"][row, span]
+        (same,) = (
+            number
+            for number, mask in enumerate(plain["attention_mask"])
+            if torch.equal(plain["input_ids"][number, : int(mask.sum())], ids)
+        )
+        worst = (found.logits[row, span] - expected.logits[same, : len(span)]).abs().max()
+        assert worst < 1e-4
+    apart, together = gradients(model, [plain]), gradients(model, [packed])
+    assert max(float((apart[name] - together[name]).abs().max()) for name in apart) < 1e-5
+
+
+def packed_spans(batch: dict) -> list[tuple[int, torch.Tensor]]:
+    """(row, token numbers) of each packed sample; single tokens are padding."""
+    spans = []
+    for row, positions in enumerate(batch["position_ids"]):
+        pieces = torch.arange(len(positions)).tensor_split((positions == 0).nonzero().flatten())
+        spans += [(row, piece) for piece in pieces if len(piece) > 1]
+    return spans
 
 
 @pytest.mark.parametrize(

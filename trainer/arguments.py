@@ -46,6 +46,9 @@ class TrainingFlags:
         "tokens of one micro-batch on one rank, padding included: as many rows as fit, whatever --batch_size "
         "says"
     )
+    pack: bool = flag(
+        False, "put several rows of a micro-batch into one sequence of at most --max_seq_len tokens"
+    )
     accumulation_steps: int = flag(1, "micro-batches for one optimizer step")
     learning_rate: float = flag(4e-4, "peak learning rate; a cosine brings it down to a tenth")
     warmup_iters: int = flag(0, "optimizer steps of linear warm-up before the cosine")

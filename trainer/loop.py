@@ -21,7 +21,8 @@ from trainer.distributed import Runtime, ignore_signals, resolve_dtype
 from trainer.metrics import Metrics
 
 log = logging.getLogger(__name__)
-MODEL_INPUTS = ("input_ids", "attention_mask", "labels", "pixel_values", "image_features", "image_counts")
+MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "labels")
+MODEL_INPUTS += ("pixel_values", "image_features", "image_counts")
 
 
 def train(
@@ -205,7 +206,9 @@ def step_loader(
 ) -> Iterator:
     """Fetches whole steps: each item is a step's list of micro-batches, or the DataError that it met."""
     return DataLoader(
-        StepDataset(samples, samples.processor.tokenizer.pad_token_id),
+        StepDataset(
+            samples, samples.processor.tokenizer.pad_token_id, flags.max_seq_len if flags.pack else None
+        ),
         batch_size=None,
         sampler=sampler,
         num_workers=flags.num_workers,

@@ -249,6 +249,14 @@ def test_a_token_budget_trains_and_says_if_a_row_does_not_fit(data, tmp_path, ru
     assert "--tokens_per_batch 200: a row of" in line and "captions.jsonl" in line and "--max_seq_len" in line
 
 
+def test_packing_trains_the_same(data, tmp_path, run):
+    for name, flags in (("plain", []), ("packed", ["--pack"])):
+        run(*pretrain(data, tmp_path / name, "--batch_size", 4, "--epochs", 2, *flags))
+    plain, packed = (records(tmp_path / name, "pretrain_vlm_64") for name in ("plain", "packed"))
+    for name in ("loss", "grad_norm", "supervised_tokens"):
+        assert [x[name] for x in packed] == pytest.approx([x[name] for x in plain], rel=1e-3)
+
+
 def test_features_and_half_precision_train_as_well(data, tmp_path, run):
     flags = ["--batch_size", 4, "--epochs", 2]
     run(*pretrain(data, tmp_path / "plain", *flags))
