@@ -152,14 +152,14 @@ def test_a_bad_row_is_returned_not_raised(data, processor):
 @pytest.mark.parametrize(
     ("lengths", "limit", "sequences", "tokens"),
     [
-        ([4, 4, 4, 4, 4], 12, 5, 4),  # two sequences would have padding
-        ([4, 4, 4, 4], 12, 2, 8),
-        ([9, 1, 5, 4, 1], 10, 2, 10),
-        ([30, 2, 2], 10, 2, 30),
+        ([40, 40, 40, 40], 120, 4, 40),  # no padding to save
+        ([90, 10, 50, 40, 10], 100, 2, 100),
+        ([90, 10, 50, 40, 10], 80, 3, 90),
+        ([300, 20, 20], 100, 2, 300),
         ([7], 100, 1, 7),
     ],
 )
-def test_packing_needs_the_fewest_tokens(lengths, limit, sequences, tokens):
+def test_packing_saves_padding(lengths, limit, sequences, tokens):
     rows = pack(lengths, limit)
     filled = [sum(lengths[i] for i in row) for row in rows]
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))

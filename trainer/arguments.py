@@ -47,7 +47,8 @@ class TrainingFlags:
         "says"
     )
     pack: bool = flag(
-        False, "put several rows of a micro-batch into one sequence of at most --max_seq_len tokens"
+        False,
+        "put several rows of a micro-batch into one sequence of --max_seq_len tokens at most, if cheaper",
     )
     accumulation_steps: int = flag(1, "micro-batches for one optimizer step")
     learning_rate: float = flag(4e-4, "peak learning rate; a cosine brings it down to a tenth")
