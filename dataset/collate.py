@@ -96,8 +96,15 @@ class StepSampler(Sampler):
 class StepDataset(Dataset):
     """Lets a DataLoader fetch whole steps: an index is a step's list of micro-batches."""
 
-    def __init__(self, samples: VLMDataset, pad_token_id: int, pack_length: int | None = None):
-        self.samples, self.pad_token_id, self.pack_length = samples, pad_token_id, pack_length
+    def __init__(
+        self,
+        samples: VLMDataset,
+        pad_token_id: int,
+        pack_length: int | None = None,
+        length_multiple: int = 1,
+    ):
+        self.samples = samples
+        self.layout = pad_token_id, pack_length, length_multiple
 
     def __getitem__(self, step: list[list[int]]) -> list[dict] | DataError:
         """The step's micro-batches. A DataError is returned, not raised: a worker process would bury it."""
@@ -112,14 +119,16 @@ class StepDataset(Dataset):
         useful = [sample for sample in samples if sample.supervised]
         if rows[0] < 0 or not useful:  # keep the ranks in step with a row that counts for nothing
             silent = replace(samples[0], labels=[IGNORE_INDEX] * len(samples[0].labels))
-            batch = collate([silent], self.pad_token_id, self.pack_length)
+            batch = collate([silent], *self.layout)
             return batch | {"rows": 0, "skipped_rows": skipped if rows[0] >= 0 else 0}
-        batch = collate(useful, self.pad_token_id, self.pack_length)
+        batch = collate(useful, *self.layout)
         return batch | {"rows": len(useful), "skipped_rows": skipped}
 
 
-def collate(samples: list[Sample], pad_token_id: int, pack_length: int | None = None) -> dict:
-    """Right-padded tensors: input_ids, labels, attention_mask (B, T) int64; where a row has images also
+def collate(
+    samples: list[Sample], pad_token_id: int, pack_length: int | None = None, length_multiple: int = 1
+) -> dict:
+    """Right-padded tensors, T a multiple of `length_multiple`: input_ids, labels, attention_mask (B, T) int64; where a row has images also
     pixel_values (B, N, 3, H, W) or image_features (B, N, P, W), and image_counts (B,) int64; the counts
     `supervised_tokens` (labels that count) and `tokens` (without padding).
 
@@ -129,7 +138,8 @@ def collate(samples: list[Sample], pad_token_id: int, pack_length: int | None = 
     """
     lengths = [len(sample.input_ids) for sample in samples]
     rows = pack(lengths, pack_length) if pack_length else [[i] for i in range(len(samples))]
-    shape = len(rows), max(sum(lengths[i] for i in row) for row in rows)
+    longest = max(sum(lengths[i] for i in row) for row in rows)
+    shape = len(rows), -(-longest // length_multiple) * length_multiple
     input_ids = torch.full(shape, pad_token_id)  # (B, T)
     labels = torch.full(shape, IGNORE_INDEX)  # (B, T)
     attention_mask = torch.zeros(shape, dtype=torch.long)  # (B, T)

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 from conftest import write_rows
 
 from dataset.collate import StepDataset, StepSampler, pack
@@ -182,3 +183,17 @@ def test_packed_rows_keep_their_own_positions_and_pictures(data, processor):
     assert sorted(found) == sorted(samples[i].input_ids for i in range(8))
     assert packed["image_counts"].sum() == plain["image_counts"].sum()
     assert (packed["labels"][packed["position_ids"] == 0] == IGNORE_INDEX).all()
+
+
+@pytest.mark.parametrize("pack_length", [None, 150])
+def test_lengths_are_rounded_up_for_compilation(data, processor, pack_length):
+    samples = VLMDataset([data / "dialogues.jsonl"], processor, 512, data / "images")
+    (batch,) = StepDataset(samples, 0, pack_length, 32)[[[0, 1, 2, 3]]]
+    (exact,) = StepDataset(samples, 0, pack_length)[[[0, 1, 2, 3]]]
+    width = exact["input_ids"].shape[1]
+    assert width % 32 and batch["input_ids"].shape[1] == 32 * (width // 32 + 1)
+    for name in ("tokens", "supervised_tokens"):
+        assert batch[name] == exact[name]
+    for name in ("input_ids", "labels"):
+        assert torch.equal(batch[name][:, :width], exact[name])
+    assert (batch["input_ids"][:, width:] == 0).all() and (batch["labels"][:, width:] == IGNORE_INDEX).all()

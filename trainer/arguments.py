@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 TRAINABLE = ("proj", "proj_last", "proj_attn", "proj_llm")
+CACHE_DTYPES = ("float16", "int8")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 POSITIVE = (
     "epochs batch_size learning_rate accumulation_steps log_interval save_interval eval_interval "
@@ -121,4 +122,9 @@ class VLMTrainingFlags(TrainingFlags):
     )
     cache_features: str | None = optional_flag(
         "folder for the encoder's outputs: encode each image only once"
+    )
+    cache_dtype: str = flag(
+        "float16",
+        "precision in --cache_features; int8, with a scale for each token, halves the disk",
+        CACHE_DTYPES,
     )

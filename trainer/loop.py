@@ -21,6 +21,7 @@ from trainer.distributed import Runtime, ignore_signals, resolve_dtype
 from trainer.metrics import Metrics
 
 log = logging.getLogger(__name__)
+COMPILED_MULTIPLE = 32  # lengths are rounded up to it, so that few of them have to be compiled for
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "labels")
 MODEL_INPUTS += ("pixel_values", "image_features", "image_counts")
 
@@ -207,7 +208,10 @@ def step_loader(
     """Fetches whole steps: each item is a step's list of micro-batches, or the DataError that it met."""
     return DataLoader(
         StepDataset(
-            samples, samples.processor.tokenizer.pad_token_id, flags.max_seq_len if flags.pack else None
+            samples,
+            samples.processor.tokenizer.pad_token_id,
+            flags.max_seq_len if flags.pack else None,
+            COMPILED_MULTIPLE if flags.compile else 1,
         ),
         batch_size=None,
         sampler=sampler,

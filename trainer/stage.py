@@ -104,7 +104,9 @@ def open_samples(
             )
     if visual and flags.cache_features:
         with run.together(), user_errors("--cache_features"):
-            samples.features = open_feature_cache(Path(flags.cache_features), model, processor)
+            samples.features = open_feature_cache(
+                Path(flags.cache_features), model, processor, flags.cache_dtype
+            )
             encode_missing(
                 samples.features, model, processor, samples.image_paths(), run.rank, run.world_size
             )

@@ -189,6 +189,7 @@ def test_help_explains_every_flag_with_its_default(run):
     [
         (["--batch_size", 0], "--batch_size must be above 0, found 0"),
         (["--trainable", "all"], "invalid choice: 'all'"),
+        (["--cache_dtype", "int4"], "invalid choice: 'int4'"),
         (["--unknown", 1], "--unknown"),
         (["--learning_rate", "nan"], "--learning_rate must be above 0, found nan"),
     ],
