@@ -114,7 +114,7 @@ class StepDataset(Dataset):
             return error
 
     def _micro_batch(self, rows: list[int]) -> dict:
-        samples = [self.samples[row if row >= 0 else -1 - row] for row in rows]
+        samples = self.samples.__getitems__([row if row >= 0 else -1 - row for row in rows])
         skipped = sum(not sample.supervised for sample in samples)
         useful = [sample for sample in samples if sample.supervised]
         if rows[0] < 0 or not useful:  # keep the ranks in step with a row that counts for nothing
@@ -128,9 +128,11 @@ class StepDataset(Dataset):
 def collate(
     samples: list[Sample], pad_token_id: int, pack_length: int | None = None, length_multiple: int = 1
 ) -> dict:
-    """Right-padded tensors, T a multiple of `length_multiple`: input_ids, labels, attention_mask (B, T) int64; where a row has images also
-    pixel_values (B, N, 3, H, W) or image_features (B, N, P, W), and image_counts (B,) int64; the counts
-    `supervised_tokens` (labels that count) and `tokens` (without padding).
+    """Right-padded tensors, T a multiple of `length_multiple`: input_ids, labels, attention_mask (B, T)
+    int64; where a row has images also pixel_values (B, N, 3, H, W) or image_features (B, N, P, W), and
+    image_counts (B,) int64; the counts `supervised_tokens` (labels that count) and `tokens` (no padding).
+    Where pixel_values hold a picture more than once, `first_image` (images,) int64 has for each image, row
+    after row, the number of the first one that is the same.
 
     With `pack_length`, several samples may share a row of at most that many tokens. Where they do,
     position_ids (B, T) take the place of attention_mask: the library sees from them, and only where there is
@@ -162,12 +164,16 @@ def collate(
     }
     packed = len(rows) < len(samples)
     batch |= {"position_ids": position_ids} if packed else {"attention_mask": attention_mask}
-    for name in ("pixel_values", "image_features"):
-        found = [[getattr(samples[i], name) for i in row] for row in rows]
-        real = [images for row in found for images in row if images is not None]
-        if real:
-            counts = torch.tensor([sum(len(images) for images in row if images is not None) for row in found])
-            batch |= {name: image_slots(torch.cat(real), counts), "image_counts": counts}
+    ordered = [samples[i] for row in rows for i in row if samples[i].images]
+    if not ordered:
+        return batch
+    counts = torch.tensor([sum(len(samples[i].images) for i in row) for row in rows])  # (B,)
+    name = "pixel_values" if ordered[0].image_features is None else "image_features"
+    images = torch.cat([getattr(sample, name) for sample in ordered])
+    batch |= {name: image_slots(images, counts), "image_counts": counts}
+    paths = [path for sample in ordered for path in sample.images]
+    if name == "pixel_values" and len(set(paths)) < len(paths):
+        batch["first_image"] = torch.tensor([paths.index(path) for path in paths])
     return batch
 
 

@@ -1,8 +1,8 @@
 """Outputs of the frozen encoder on disk, so that each picture is encoded once, whatever epochs and stages.
 
 A folder for each encoder and precision holds shards: `{name}.npy`, features (images, P, W) in fp16, or in
-int8 with one fp16 scale per token, beside `{name}.json`, the SHA-256 of their image files. The JSON is written
-last: a shard without one does not count. P tokens per image, W the encoder's width.
+int8 with one fp16 scale per token, beside `{name}.json`, the SHA-256 of their image files. The JSON is
+written last: a shard without one does not count. P tokens per image, W the encoder's width.
 """
 
 import hashlib
@@ -138,8 +138,8 @@ def encode_missing(
 
 
 def _to_stored(features: torch.Tensor, dtype: str) -> np.ndarray:
-    """Features (images, P, W) as they lie on disk: (images, P, W) fp16, or (images,) records of "values" (P, W)
-    int8 and "scales" (P,) fp16, the token's largest absolute value / 127."""
+    """Features (images, P, W) as they lie on disk: (images, P, W) fp16, or (images,) records of "values"
+    (P, W) int8 and "scales" (P,) fp16, the token's largest absolute value / 127."""
     if dtype == "float16":
         return features.to(torch.float16).numpy()
     features = features.float().numpy()

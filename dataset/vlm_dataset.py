@@ -4,7 +4,7 @@ P placeholder tokens per image, T tokens, N images of the row.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +23,14 @@ TOKENS_AROUND_A_TURN = 6  # two control tokens, the role and the newlines
 
 @dataclass
 class Sample:
-    """One row, ready for a batch. A row with images has either `pixel_values` (N, 3, H, W) or, from a
-    feature cache, `image_features` (N, P, W)."""
+    """One row, ready for a batch. A row with `images`, their paths, has either `pixel_values` (N, 3, H, W)
+    or, from a feature cache, `image_features` (N, P, W)."""
 
     input_ids: list[int]
     labels: list[int]
     pixel_values: torch.Tensor | None = None
     image_features: torch.Tensor | None = None
+    images: list[str] = field(default_factory=list)
 
     @property
     def supervised(self) -> bool:
@@ -84,7 +85,14 @@ class VLMDataset(Dataset):
         return np.minimum(text + images * self.processor.tokens_per_image, self.max_length)
 
     def __getitem__(self, index: int) -> Sample:
-        row = self.rows[index]
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[Sample]:
+        """The samples of a micro-batch; a picture that several of them show is read once."""
+        pictures: dict[str, torch.Tensor] = {}
+        return [self._sample(self.rows[index], pictures) for index in indices]
+
+    def _sample(self, row: dict, pictures: dict[str, torch.Tensor]) -> Sample:
         try:
             input_ids, labels = self._encode(row)
         except ValueError as error:
@@ -96,9 +104,11 @@ class VLMDataset(Dataset):
             return Sample(input_ids, labels)
         if self.features is not None:
             features = torch.stack([self.features[path] for path in paths])
-            return Sample(input_ids, labels, image_features=features)
-        pictures = [open_image(path, row["where"]) for path in paths]
-        return Sample(input_ids, labels, self.processor.pixel_values(pictures))
+            return Sample(input_ids, labels, image_features=features, images=paths)
+        for path in paths:
+            if path not in pictures:
+                (pictures[path],) = self.processor.pixel_values([open_image(path, row["where"])])
+        return Sample(input_ids, labels, torch.stack([pictures[path] for path in paths]), images=paths)
 
     def _encode(self, row: dict) -> tuple[list[int], list[int]]:
         if not row["roles"]:

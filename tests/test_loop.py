@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 import torch
 
+from dataset import vlm_dataset
 from dataset.collate import StepDataset, StepSampler
+from dataset.images import open_image
 from dataset.vlm_dataset import VLMDataset
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.processing_vlm import MiniMindVLMProcessor
 from trainer.arguments import TrainingFlags
 from trainer.distributed import Runtime
-from trainer.loop import MODEL_INPUTS, backward, count, learning_rate, planned_steps
+from trainer.loop import MODEL_INPUTS, backward, count, learning_rate, model_inputs, planned_steps
 from trainer.setup import set_trainable
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -88,6 +90,31 @@ def packed_spans(batch: dict) -> list[tuple[int, torch.Tensor]]:
         pieces = torch.arange(len(positions)).tensor_split((positions == 0).nonzero().flatten())
         spans += [(row, piece) for piece in pieces if len(piece) > 1]
     return spans
+
+
+@pytest.mark.parametrize("pack_length", [None, 900])
+def test_a_picture_of_several_rows_is_read_and_encoded_once(data, processor, monkeypatch, pack_length):
+    from conftest import TINY_ENCODER
+
+    model = tiny_model(TINY_ENCODER)
+    full = MiniMindVLMProcessor(processor.image_processor, processor.tokenizer, tokens_per_image=196)
+    samples = VLMDataset([data / "dialogues.jsonl"], full, 1024, data / "images")
+    opened, encoded = [], []
+    monkeypatch.setattr(
+        vlm_dataset, "open_image", lambda path, where: opened.append(path) or open_image(path, where)
+    )
+    (batch,) = StepDataset(samples, 0, pack_length)[[list(range(8))]]
+    # 1.png, 4.png and 7.png alone; 2.png and 5.png each with 0.png
+    assert len(opened) == len(set(opened)) == 6 and batch["image_counts"].sum() == 7
+    hook = model.vision_encoder.register_forward_pre_hook(
+        lambda _, __, kwargs: encoded.append(len(kwargs["pixel_values"])), with_kwargs=True
+    )
+    inputs = model_inputs(model, batch, torch.device("cpu"))
+    found = model(**inputs).loss.item()
+    hook.remove()
+    assert encoded == [6]
+    names = set(batch) & set(MODEL_INPUTS)
+    assert found == pytest.approx(model(**{name: batch[name] for name in names}).loss.item(), abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from dataset.collate import StepDataset, StepSampler
 from dataset.errors import DataError
 from dataset.vlm_dataset import VLMDataset
+from model.processing_vlm import image_slots
 from trainer.arguments import TrainingFlags
 from trainer.distributed import Runtime, ignore_signals, resolve_dtype
 from trainer.metrics import Metrics
@@ -105,7 +106,7 @@ def backward(
     sums = {"loss": 0.0, "aux_loss": 0.0}
     tokens = max(totals["supervised_tokens"], 1)
     for number, batch in enumerate(micro_batches, start=1):
-        inputs = {k: batch[k].to(runtime.device, non_blocking=True) for k in MODEL_INPUTS if k in batch}
+        inputs = model_inputs(forward, batch, runtime.device)
         last = number == len(micro_batches)
         with contextlib.nullcontext() if last or runtime.world_size == 1 else forward.no_sync():
             with autocast:
@@ -119,6 +120,19 @@ def backward(
         sums["aux_loss"] += output.aux_loss.detach() * batch["rows"]
     counts = ("supervised_tokens", "tokens", "rows", "skipped_rows")
     return sums | {name: sum(batch[name] for batch in micro_batches) for name in counts}
+
+
+def model_inputs(model: torch.nn.Module, batch: dict, device: torch.device) -> dict[str, torch.Tensor]:
+    """The batch's tensors for `forward`. Where rows share pictures, each is encoded here, once."""
+    inputs = {k: batch[k].to(device, non_blocking=True) for k in MODEL_INPUTS if k in batch}
+    if "first_image" in batch:
+        counts, pixel_values = batch["image_counts"], inputs.pop("pixel_values")
+        images = pixel_values[torch.arange(pixel_values.shape[1]) < counts[:, None]]  # (images, 3, H, W)
+        first, picture = (numbers.to(device) for numbers in batch["first_image"].unique(return_inverse=True))
+        model = getattr(model, "module", model)  # out of DDP
+        features = model.get_image_embeddings(images[first], model.vision_encoder)  # (pictures, P, W)
+        inputs["image_features"] = image_slots(features[picture], counts)
+    return inputs
 
 
 def untouched(model: torch.nn.Module) -> torch.Tensor | float:
@@ -163,7 +177,7 @@ def evaluate(
     for micro_batches in step_loader(samples, sampler, flags, runtime):
         count(micro_batches, runtime)
         for batch in micro_batches:
-            inputs = {k: batch[k].to(runtime.device) for k in MODEL_INPUTS if k in batch}
+            inputs = model_inputs(model, batch, runtime.device)
             with torch.autocast(runtime.device.type, dtype, enabled=dtype != torch.float32):
                 loss += float(model(**inputs, num_items_in_batch=1, skip_logits=True).loss)
             tokens += batch["supervised_tokens"]
