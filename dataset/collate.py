@@ -4,6 +4,7 @@ A *step* is what one optimizer step consumes: `accumulation_steps` micro-batches
 ranks. Shapes: B rows, T tokens, N most images of a row.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from dataset.errors import DataError
 from dataset.vlm_dataset import Sample, VLMDataset
 from model.processing_vlm import IGNORE_INDEX, image_slots
 
+MASKED_TOKENS = 3000  # a token of such a long sequence costs as much in masked attention as in all else
 WINDOW_STEPS = 50  # rows are sorted by length within shuffled windows of this many steps
 
 
@@ -25,7 +27,8 @@ class StepSampler(Sampler):
     of a step depend on batch_size * accumulation_steps * world_size only, not on how they are split, and
     ranks get rows of nearly equal lengths. All ranks have the same number of micro-batches; one without a row
     of its own (end of the epoch) gets `-1 - row`: that row is only there to keep the ranks in step and has no
-    weight.
+    weight. With `tokens_per_batch`, a micro-batch has as many rows as fit instead of `batch_size`: longest
+    row times rows is at most that, and the number of steps differs a little from epoch to epoch.
     """
 
     def __init__(
@@ -37,41 +40,71 @@ class StepSampler(Sampler):
         world_size: int = 1,
         seed: int = 0,
         shuffle: bool = True,
+        tokens_per_batch: int | None = None,
     ):
         self.lengths, self.seed, self.shuffle = lengths, seed, shuffle
         self.rank, self.world_size = rank, world_size
+        self.accumulation_steps, self.tokens_per_batch = accumulation_steps, tokens_per_batch
+        if tokens_per_batch:  # for the size of a window
+            batch_size = max(int(tokens_per_batch / max(lengths.mean(), 1)), 1)
         self.micro_rows = batch_size * world_size
         self.step_rows = self.micro_rows * accumulation_steps
-        self.epoch = 0
+        self.epoch = self.first_step = 0
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, first_step: int = 0) -> None:
+        """Iterating yields the steps of `epoch` from `first_step` on: what is left of it after that many."""
+        self.epoch, self.first_step = epoch, first_step
 
     def __len__(self) -> int:
+        return max(self.steps_of_epoch(self.epoch) - self.first_step, 0)
+
+    def steps_of_epoch(self, epoch: int) -> int:
+        if self.tokens_per_batch:
+            return len(self._steps(epoch))
         return -(-len(self.lengths) // self.step_rows)
 
     def __iter__(self) -> Iterator[list[list[int]]]:
-        for step in self._steps():
-            micros = [step[i : i + self.micro_rows] for i in range(0, len(step), self.micro_rows)]
-            yield [micro[self.rank :: self.world_size].tolist() or [-1 - int(micro[0])] for micro in micros]
+        for step in self._steps(self.epoch)[self.first_step :]:
+            yield [micro[self.rank :: self.world_size].tolist() or [-1 - int(micro[0])] for micro in step]
 
-    def _steps(self) -> list[np.ndarray]:
-        """Row numbers of each step, all ranks together."""
-        generator = np.random.default_rng((self.seed, self.epoch))
+    def _steps(self, epoch: int) -> list[list[np.ndarray]]:
+        """Row numbers of the micro-batches of each step, all ranks together."""
+        generator = np.random.default_rng((self.seed, epoch))
         order = generator.permutation(len(self.lengths)) if self.shuffle else np.arange(len(self.lengths))
         window = self.step_rows * WINDOW_STEPS
+        micros: list[np.ndarray] = []
         for start in range(0, len(order), window):
             part = order[start : start + window]
-            order[start : start + window] = part[np.argsort(self.lengths[part], kind="stable")]
-        steps = [order[i : i + self.step_rows] for i in range(0, len(order), self.step_rows)]
+            micros += self._micro_batches(part[np.argsort(self.lengths[part], kind="stable")])
+        steps = [
+            micros[i : i + self.accumulation_steps] for i in range(0, len(micros), self.accumulation_steps)
+        ]
         return [steps[i] for i in generator.permutation(len(steps))] if self.shuffle else steps
+
+    def _micro_batches(self, rows: np.ndarray) -> Iterator[np.ndarray]:
+        """Cuts a window's rows, which are sorted by length."""
+        if self.tokens_per_batch is None:
+            yield from (rows[i : i + self.micro_rows] for i in range(0, len(rows), self.micro_rows))
+            return
+        rows = rows[::-1]  # the first row of a micro-batch, its longest, says how many fit
+        while len(rows):
+            fit = max(self.tokens_per_batch // int(self.lengths[rows[0]]), 1) * self.world_size
+            yield rows[:fit]
+            rows = rows[fit:]
 
 
 class StepDataset(Dataset):
     """Lets a DataLoader fetch whole steps: an index is a step's list of micro-batches."""
 
-    def __init__(self, samples: VLMDataset, pad_token_id: int):
-        self.samples, self.pad_token_id = samples, pad_token_id
+    def __init__(
+        self,
+        samples: VLMDataset,
+        pad_token_id: int,
+        pack_length: int | None = None,
+        length_multiple: int = 1,
+    ):
+        self.samples = samples
+        self.layout = pad_token_id, pack_length, length_multiple
 
     def __getitem__(self, step: list[list[int]]) -> list[dict] | DataError:
         """The step's micro-batches. A DataError is returned, not raised: a worker process would bury it."""
@@ -81,40 +114,88 @@ class StepDataset(Dataset):
             return error
 
     def _micro_batch(self, rows: list[int]) -> dict:
-        samples = [self.samples[row if row >= 0 else -1 - row] for row in rows]
+        samples = self.samples.__getitems__([row if row >= 0 else -1 - row for row in rows])
         skipped = sum(not sample.supervised for sample in samples)
         useful = [sample for sample in samples if sample.supervised]
         if rows[0] < 0 or not useful:  # keep the ranks in step with a row that counts for nothing
             silent = replace(samples[0], labels=[IGNORE_INDEX] * len(samples[0].labels))
-            batch = collate([silent], self.pad_token_id)
+            batch = collate([silent], *self.layout)
             return batch | {"rows": 0, "skipped_rows": skipped if rows[0] >= 0 else 0}
-        return collate(useful, self.pad_token_id) | {"rows": len(useful), "skipped_rows": skipped}
+        batch = collate(useful, *self.layout)
+        return batch | {"rows": len(useful), "skipped_rows": skipped}
 
 
-def collate(samples: list[Sample], pad_token_id: int) -> dict:
-    """Right-padded tensors: input_ids, labels, attention_mask (B, T) int64; where a row has images also
-    pixel_values (B, N, 3, H, W) or image_features (B, N, P, W), and image_counts (B,) int64; the counts
-    `supervised_tokens` (labels that count) and `tokens` (without padding)."""
-    shape = len(samples), max(len(sample.input_ids) for sample in samples)
+def collate(
+    samples: list[Sample], pad_token_id: int, pack_length: int | None = None, length_multiple: int = 1
+) -> dict:
+    """Right-padded tensors, T a multiple of `length_multiple`: input_ids, labels, attention_mask (B, T)
+    int64; where a row has images also pixel_values (B, N, 3, H, W) or image_features (B, N, P, W), and
+    image_counts (B,) int64; the counts `supervised_tokens` (labels that count) and `tokens` (no padding).
+    Where pixel_values hold a picture more than once, `first_image` (images,) int64 has for each image, row
+    after row, the number of the first one that is the same.
+
+    With `pack_length`, several samples may share a row of at most that many tokens. Where they do,
+    position_ids (B, T) take the place of attention_mask: the library sees from them, and only where there is
+    no mask, that a sequence begins at each 0. Padding has 0 throughout: sequences of one token.
+    """
+    lengths = [len(sample.input_ids) for sample in samples]
+    rows = pack(lengths, pack_length) if pack_length else [[i] for i in range(len(samples))]
+    longest = max(sum(lengths[i] for i in row) for row in rows)
+    shape = len(rows), -(-longest // length_multiple) * length_multiple
     input_ids = torch.full(shape, pad_token_id)  # (B, T)
     labels = torch.full(shape, IGNORE_INDEX)  # (B, T)
     attention_mask = torch.zeros(shape, dtype=torch.long)  # (B, T)
-    for i, sample in enumerate(samples):
-        length = len(sample.input_ids)
-        input_ids[i, :length] = torch.tensor(sample.input_ids)
-        labels[i, :length] = torch.tensor(sample.labels)
-        attention_mask[i, :length] = 1
+    position_ids = torch.zeros(shape, dtype=torch.long)  # (B, T)
+    for number, row in enumerate(rows):
+        end = 0
+        for i in row:
+            start, end = end, end + lengths[i]
+            input_ids[number, start:end] = torch.tensor(samples[i].input_ids)
+            labels[number, start + 1 : end] = torch.tensor(
+                samples[i].labels[1:]
+            )  # nothing predicts the first
+            position_ids[number, start:end] = torch.arange(lengths[i])
+        attention_mask[number, :end] = 1
     batch = {
         "input_ids": input_ids,
         "labels": labels,
-        "attention_mask": attention_mask,
-        "supervised_tokens": int((labels[:, 1:] != IGNORE_INDEX).sum()),
-        "tokens": int(attention_mask.sum()),
+        "supervised_tokens": int((labels != IGNORE_INDEX).sum()),
+        "tokens": sum(lengths),
     }
-    for name in ("pixel_values", "image_features"):
-        found = [getattr(sample, name) for sample in samples]
-        if any(images is not None for images in found):
-            counts = torch.tensor([0 if images is None else len(images) for images in found])  # (B,)
-            real = torch.cat([images for images in found if images is not None])
-            batch |= {name: image_slots(real, counts), "image_counts": counts}
+    packed = len(rows) < len(samples)
+    batch |= {"position_ids": position_ids} if packed else {"attention_mask": attention_mask}
+    ordered = [samples[i] for row in rows for i in row if samples[i].images]
+    if not ordered:
+        return batch
+    counts = torch.tensor([sum(len(samples[i].images) for i in row) for row in rows])  # (B,)
+    name = "pixel_values" if ordered[0].image_features is None else "image_features"
+    images = torch.cat([getattr(sample, name) for sample in ordered])
+    batch |= {name: image_slots(images, counts), "image_counts": counts}
+    paths = [path for sample in ordered for path in sample.images]
+    if name == "pixel_values" and len(set(paths)) < len(paths):
+        batch["first_image"] = torch.tensor([paths.index(path) for path in paths])
     return batch
+
+
+def pack(lengths: list[int], pack_length: int) -> list[list[int]]:
+    """Groups the numbers of `lengths` into sequences of at most `pack_length` tokens, or of one sample.
+
+    Longest first, each into the sequence that is emptiest so far, for each possible number of sequences; the
+    cheapest wins. That is one sample to a sequence, under a causal mask that costs half, where little padding
+    would be saved.
+    """
+    limit = max(pack_length, *lengths)
+    best: list[list[int]] = []
+    lowest = math.inf
+    for count in range(-(-sum(lengths) // limit), len(lengths) + 1):
+        rows: list[list[int]] = [[] for _ in range(count)]
+        filled = [0] * count
+        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+            emptiest = filled.index(min(filled))
+            rows[emptiest].append(i)
+            filled[emptiest] += lengths[i]
+        length = max(filled)
+        cost = count * length * (1 + length / MASKED_TOKENS / (1 if count < len(lengths) else 2))
+        if length <= limit and cost < lowest:
+            best, lowest = rows, cost
+    return best

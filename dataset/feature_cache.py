@@ -1,8 +1,8 @@
 """Outputs of the frozen encoder on disk, so that each picture is encoded once, whatever epochs and stages.
 
-A folder for each encoder holds shards: `{name}.npy`, fp16 features (images, P, W), beside `{name}.json`, the
-SHA-256 of their image files. The JSON is written last: a shard without one does not count. P tokens per
-image, W the encoder's width.
+A folder for each encoder and precision holds shards: `{name}.npy`, features (images, P, W) in fp16, or in
+int8 with one fp16 scale per token, beside `{name}.json`, the SHA-256 of their image files. The JSON is
+written last: a shard without one does not count. P tokens per image, W the encoder's width.
 """
 
 import hashlib
@@ -30,8 +30,8 @@ Item = tuple[str, str]  # path of a picture, and the row it stands in, for messa
 class FeatureCache:
     """Features by path, memory-mapped. A picture is known by its content: a changed file is a new picture."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, dtype: str = "float16"):
+        self.folder, self.dtype = folder, dtype
         self.shards: dict[str, np.ndarray] = {}  # opened when asked for
         self.listed: set[str] = set()
         self.places: dict[str, tuple[str, int]] = {}  # digest of an image file -> shard and row
@@ -42,7 +42,10 @@ class FeatureCache:
         shard, row = self.places[self.digests[path]]
         if shard not in self.shards:
             self.shards[shard] = np.load(self.folder / f"{shard}.npy", mmap_mode="r")
-        return torch.from_numpy(self.shards[shard][row].copy())
+        stored = self.shards[shard][row]
+        if stored.dtype.names:  # int8 with scales
+            stored = (stored["values"] * stored["scales"][:, None].astype(np.float32)).astype(np.float16)
+        return torch.from_numpy(stored.copy())
 
     def __getstate__(self) -> dict:
         """For worker processes that are not forked: pickling a memory map would copy all of it."""
@@ -79,16 +82,21 @@ class FeatureCache:
             raise OSError(f"{self.folder} lacks {lacking} pictures: all ranks must share --cache_features")
 
 
-def open_feature_cache(folder: Path, model: MiniMindVLM, processor: MiniMindVLMProcessor) -> FeatureCache:
-    """The cache in `folder` for this encoder: its weights and its preprocessing are part of the key."""
+def open_feature_cache(
+    folder: Path, model: MiniMindVLM, processor: MiniMindVLMProcessor, dtype: str = "float16"
+) -> FeatureCache:
+    """The cache in `folder` for this encoder, in `dtype`, "float16" or "int8": the encoder's weights, its
+    preprocessing and int8 are part of the key."""
     settings = json.dumps(processor.image_processor.to_dict(), sort_keys=True, default=str)
     key = hashlib.sha256(settings.encode())
+    if dtype != "float16":
+        key.update(dtype.encode())
     for name, tensor in sorted(model.vision_encoder.state_dict().items()):
         key.update(name.encode())
         key.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     own = folder / key.hexdigest()[:16]
     own.mkdir(parents=True, exist_ok=True)
-    return FeatureCache(own)
+    return FeatureCache(own, dtype)
 
 
 def encode_missing(
@@ -106,7 +114,9 @@ def encode_missing(
     """
     missing = list(cache.find_missing(items).items())
     config = model.config
-    needed = len(missing) * len(config.image_ids) * config.vision_config.hidden_size * 2
+    width = config.vision_config.hidden_size
+    token_bytes = width + 2 if cache.dtype == "int8" else width * 2
+    needed = len(missing) * len(config.image_ids) * token_bytes
     if needed > (free := shutil.disk_usage(cache.folder).free):
         raise OSError(
             f"{cache.folder}: features of {len(missing)} pictures need {needed / 1e9:.1f} GB, "
@@ -122,9 +132,24 @@ def encode_missing(
                 pictures = [open_image(*item) for _, item in shard[first : first + BATCH_IMAGES]]
                 pixel_values = processor.pixel_values(pictures).to(model.device)  # (images, 3, H, W)
                 encoded = model.get_image_embeddings(pixel_values, model.vision_encoder)
-                features.append(encoded.to("cpu", torch.float16).numpy())
+                features.append(_to_stored(encoded.cpu(), cache.dtype))
                 bar.update(len(pictures))
             cache.write_shard([digest for digest, _ in shard], np.concatenate(features))
+
+
+def _to_stored(features: torch.Tensor, dtype: str) -> np.ndarray:
+    """Features (images, P, W) as they lie on disk: (images, P, W) fp16, or (images,) records of "values"
+    (P, W) int8 and "scales" (P,) fp16, the token's largest absolute value / 127."""
+    if dtype == "float16":
+        return features.to(torch.float16).numpy()
+    features = features.float().numpy()
+    smallest = np.finfo(np.float16).tiny  # a token of zeros has a scale as well
+    scales = np.maximum(np.abs(features).max(-1) / 127, smallest).astype(np.float16)  # (images, P)
+    record = np.dtype([("values", np.int8, features.shape[1:]), ("scales", np.float16, scales.shape[1:])])
+    stored = np.empty(len(features), record)
+    values = np.rint(features / scales[..., None].astype(np.float32))
+    stored["values"], stored["scales"] = np.clip(values, -127, 127), scales
+    return stored
 
 
 def _file_digest(path: str, where: str) -> str:

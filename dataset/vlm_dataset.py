@@ -4,7 +4,7 @@ P placeholder tokens per image, T tokens, N images of the row.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +23,14 @@ TOKENS_AROUND_A_TURN = 6  # two control tokens, the role and the newlines
 
 @dataclass
 class Sample:
-    """One row, ready for a batch. A row with images has either `pixel_values` (N, 3, H, W) or, from a
-    feature cache, `image_features` (N, P, W)."""
+    """One row, ready for a batch. A row with `images`, their paths, has either `pixel_values` (N, 3, H, W)
+    or, from a feature cache, `image_features` (N, P, W)."""
 
     input_ids: list[int]
     labels: list[int]
     pixel_values: torch.Tensor | None = None
     image_features: torch.Tensor | None = None
+    images: list[str] = field(default_factory=list)
 
     @property
     def supervised(self) -> bool:
@@ -57,7 +58,10 @@ class VLMDataset(Dataset):
         self.tokens = self.rows.map(
             _count_tokens,
             batched=True,
-            fn_kwargs={"tokenizer": processor.tokenizer},
+            fn_kwargs={
+                "tokenizer": processor.tokenizer,
+                "system_tokens": _default_system_tokens(processor),
+            },
             remove_columns=self.rows.column_names,
             desc="counting tokens",
         )  # kept in the cache of `datasets`, beside the rows
@@ -75,13 +79,20 @@ class VLMDataset(Dataset):
         return len(self.rows)
 
     def lengths(self) -> np.ndarray:
-        """(len(self),) int64: tokens of each row, placeholders included; off by a few at the seams."""
+        """(len(self),) int64: tokens of each row, placeholders included; a few more than it has at most."""
         counts = self.tokens.data.table
         text, images = (counts.column(name).to_numpy() for name in ("text", "images"))
         return np.minimum(text + images * self.processor.tokens_per_image, self.max_length)
 
     def __getitem__(self, index: int) -> Sample:
-        row = self.rows[index]
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[Sample]:
+        """The samples of a micro-batch; a picture that several of them show is read once."""
+        pictures: dict[str, torch.Tensor] = {}
+        return [self._sample(self.rows[index], pictures) for index in indices]
+
+    def _sample(self, row: dict, pictures: dict[str, torch.Tensor]) -> Sample:
         try:
             input_ids, labels = self._encode(row)
         except ValueError as error:
@@ -93,9 +104,11 @@ class VLMDataset(Dataset):
             return Sample(input_ids, labels)
         if self.features is not None:
             features = torch.stack([self.features[path] for path in paths])
-            return Sample(input_ids, labels, image_features=features)
-        pictures = [open_image(path, row["where"]) for path in paths]
-        return Sample(input_ids, labels, self.processor.pixel_values(pictures))
+            return Sample(input_ids, labels, image_features=features, images=paths)
+        for path in paths:
+            if path not in pictures:
+                (pictures[path],) = self.processor.pixel_values([open_image(path, row["where"])])
+        return Sample(input_ids, labels, torch.stack([pictures[path] for path in paths]), images=paths)
 
     def _encode(self, row: dict) -> tuple[list[int], list[int]]:
         if not row["roles"]:
@@ -114,12 +127,24 @@ class VLMDataset(Dataset):
         return [processor.placeholder_id] * processor.tokens_per_image
 
 
-def _count_tokens(rows: dict[str, list], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
-    """Tokens of each row's text, with those around its turns, and its number of images."""
+def _count_tokens(
+    rows: dict[str, list], tokenizer: PreTrainedTokenizerBase, system_tokens: int
+) -> dict[str, list[int]]:
+    """Tokens of each row's text, with those around its turns and images, and its number of images."""
     texts = [text.replace(IMAGE_MARKER, "") for contents in rows["contents"] for text in contents]
     counts = iter([len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]])
     text = [sum(next(counts) + TOKENS_AROUND_A_TURN for _ in contents) for contents in rows["contents"]]
-    return {"text": text, "images": [len(images) for images in rows["images"]]}
+    images = [len(images) for images in rows["images"]]
+    for i, roles in enumerate(rows["roles"]):
+        text[i] += images[i] + (system_tokens if roles and roles[0] != "system" else 0)  # a newline each
+    return {"text": text, "images": images}
+
+
+def _default_system_tokens(processor: MiniMindVLMProcessor) -> int:
+    """Tokens of the system turn that a row without one gets."""
+    user = {"role": "user", "content": "?"}
+    given = processor.encode_prompt([{"role": "system", "content": "?"}, user])
+    return len(processor.encode_prompt([user])) - len(given) + 1 + TOKENS_AROUND_A_TURN
 
 
 def cut(

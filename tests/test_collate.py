@@ -1,10 +1,13 @@
 """Which rows go together, and what a batch holds."""
 
+import itertools
+
 import numpy as np
 import pytest
+import torch
 from conftest import write_rows
 
-from dataset.collate import StepDataset, StepSampler
+from dataset.collate import StepDataset, StepSampler, pack
 from dataset.errors import DataError
 from dataset.vlm_dataset import VLMDataset
 from model.processing_vlm import IGNORE_INDEX
@@ -48,10 +51,58 @@ def test_epochs_differ_and_repeat():
     assert rows_of_steps(8, 1, 1, epoch=1) == rows_of_steps(8, 1, 1, epoch=1)
 
 
-def test_padding_is_small():
-    steps = [sorted(LENGTHS[list(step)]) for step in rows_of_steps(8, 1, 1)]
-    padded = sum(lengths[-1] * len(lengths) for lengths in steps)
-    assert 1 - LENGTHS.sum() / padded < 0.05
+@pytest.mark.parametrize("budget", [None, 3000])
+@pytest.mark.parametrize("epoch", [0, 3])
+@pytest.mark.parametrize("first", [0, 1, 17, 10_000])
+def test_an_epoch_goes_on_at_any_step(budget, epoch, first):
+    sampler = StepSampler(LENGTHS, 4, 2, seed=3, tokens_per_batch=budget)
+    sampler.set_epoch(epoch)
+    whole = list(sampler)
+    assert len(sampler) == len(whole) == sampler.steps_of_epoch(epoch)
+    sampler.set_epoch(epoch, first)
+    assert list(sampler) == whole[first:]
+    assert len(sampler) == len(whole[first:])
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("budget", [500, 1999, 4000])
+def test_a_token_budget_fills_micro_batches(budget, world):
+    samplers = [
+        StepSampler(LENGTHS, 4, 2, rank, world, seed=3, tokens_per_batch=budget) for rank in range(world)
+    ]
+    ranks = [list(sampler) for sampler in samplers]
+    assert len(set(map(len, ranks))) == 1
+    assert all(len(set(map(len, step))) == 1 for step in zip(*ranks, strict=True))
+    rows = [row for rank in ranks for step in rank for micro in step for row in micro if row >= 0]
+    assert sorted(rows) == list(range(len(LENGTHS)))
+    padded = [
+        [LENGTHS[micro].max() * len(micro) for step in rank for micro in step if micro[0] >= 0]
+        for rank in ranks
+    ]
+    assert max(map(max, padded)) <= budget
+    assert np.mean(np.concatenate(padded)) > (0.65 if budget == 500 else 0.85) * budget
+    tokens = [sum(rank) for rank in padded]
+    assert max(tokens) - min(tokens) < 0.03 * max(tokens)
+
+
+GENERATOR = np.random.default_rng(0)
+DISTRIBUTIONS = {
+    "dialogues": (np.clip(GENERATOR.lognormal(np.log(380), 0.35, 1000), 210, 700).astype(int), 4),
+    "captions": (GENERATOR.integers(205, 261, 1000), 16),
+    "any": (LENGTHS, 8),
+}
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+@pytest.mark.parametrize("budget", [None, 4096])
+@pytest.mark.parametrize("world", [1, 2])
+def test_padding_is_below_five_percent(name, budget, world):
+    lengths, batch_size = DISTRIBUTIONS[name]
+    padded = 0
+    for rank in range(world):
+        for step in StepSampler(lengths, batch_size, 1, rank, world, tokens_per_batch=budget):
+            padded += sum(lengths[micro].max() * len(micro) for micro in step if micro[0] >= 0)
+    assert 0 <= 1 - lengths.sum() / padded < 0.05
 
 
 def test_a_rank_without_a_row_gets_one_without_weight():
@@ -97,3 +148,52 @@ def test_a_bad_row_is_returned_not_raised(data, processor):
     steps = StepDataset(VLMDataset([data / "captions.jsonl"], processor, 512, data / "images"), 0)
     (data / "images/0.png").unlink()
     assert isinstance(steps[[[0]]], DataError)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "limit", "sequences", "tokens"),
+    [
+        ([40, 40, 40, 40], 120, 4, 40),  # no padding to save
+        ([90, 10, 50, 40, 10], 100, 2, 100),
+        ([90, 10, 50, 40, 10], 80, 3, 90),
+        ([300, 20, 20], 100, 2, 300),
+        ([7], 100, 1, 7),
+    ],
+)
+def test_packing_saves_padding(lengths, limit, sequences, tokens):
+    rows = pack(lengths, limit)
+    filled = [sum(lengths[i] for i in row) for row in rows]
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    assert max(filled) <= max(limit, *lengths)
+    assert (len(rows), max(filled)) == (sequences, tokens)
+
+
+def test_packed_rows_keep_their_own_positions_and_pictures(data, processor):
+    samples = VLMDataset([data / "dialogues.jsonl"], processor, 512, data / "images")
+    (plain,) = StepDataset(samples, 0)[[list(range(8))]]
+    (packed,) = StepDataset(samples, 0, 150)[[list(range(8))]]
+    assert "attention_mask" not in packed and packed["input_ids"].shape[1] <= 150
+    assert len(packed["input_ids"]) < 8
+    for name in ("supervised_tokens", "tokens", "rows"):
+        assert packed[name] == plain[name]
+    found = []
+    for ids, positions in zip(packed["input_ids"], packed["position_ids"], strict=True):
+        starts = [*(positions == 0).nonzero().flatten().tolist(), len(ids)]
+        found += [ids[a:b].tolist() for a, b in itertools.pairwise(starts) if b - a > 1]
+    assert sorted(found) == sorted(samples[i].input_ids for i in range(8))
+    assert packed["image_counts"].sum() == plain["image_counts"].sum()
+    assert (packed["labels"][packed["position_ids"] == 0] == IGNORE_INDEX).all()
+
+
+@pytest.mark.parametrize("pack_length", [None, 150])
+def test_lengths_are_rounded_up_for_compilation(data, processor, pack_length):
+    samples = VLMDataset([data / "dialogues.jsonl"], processor, 512, data / "images")
+    (batch,) = StepDataset(samples, 0, pack_length, 32)[[[0, 1, 2, 3]]]
+    (exact,) = StepDataset(samples, 0, pack_length)[[[0, 1, 2, 3]]]
+    width = exact["input_ids"].shape[1]
+    assert width % 32 and batch["input_ids"].shape[1] == 32 * (width // 32 + 1)
+    for name in ("tokens", "supervised_tokens"):
+        assert batch[name] == exact[name]
+    for name in ("input_ids", "labels"):
+        assert torch.equal(batch[name][:, :width], exact[name])
+    assert (batch["input_ids"][:, width:] == 0).all() and (batch["labels"][:, width:] == IGNORE_INDEX).all()

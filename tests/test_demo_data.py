@@ -15,6 +15,10 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, CLIPVisionModel
 
+from dataset.collate import StepSampler
+from dataset.vlm_dataset import VLMDataset
+from model.processing_vlm import MiniMindVLMProcessor
+
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "make_demo_data.py"
 ENCODER = ROOT / "model" / "vision_model" / "demo-encoder"
@@ -244,3 +248,14 @@ def test_encoder_was_not_trained_on_the_held_out_style():
     assert training["held_out_style"] == WORLD["held_out_style"] == "twemoji"
     assert sorted([*training["styles"], "twemoji"]) == sorted(WORLD["styles"])
     assert training["scores"]["held_out"]["large"] > 0.5
+
+
+@pytest.mark.parametrize(("name", "batch_size"), [("pretrain", 16), ("sft", 16), ("sft", 4)])
+def test_padding_of_the_demo_is_below_five_percent(data, tokenizer, name, batch_size):
+    image_processor = AutoImageProcessor.from_pretrained(ENCODER, backend="pil")
+    processor = MiniMindVLMProcessor(image_processor, tokenizer, tokens_per_image=36)
+    samples = VLMDataset([data / f"{name}.jsonl"], processor, 640, data / "images")
+    lengths = np.array([len(samples[row].input_ids) for row in range(len(samples))])
+    micros = [micro for step in StepSampler(samples.lengths(), batch_size) for micro in step]
+    padded = sum(lengths[micro].max() * len(micro) for micro in micros)
+    assert 1 - lengths.sum() / padded < 0.05

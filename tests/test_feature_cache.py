@@ -8,7 +8,7 @@ from conftest import TINY_ENCODER
 
 from dataset.collate import StepDataset
 from dataset.errors import DataError
-from dataset.feature_cache import encode_missing, open_feature_cache
+from dataset.feature_cache import _to_stored, encode_missing, open_feature_cache
 from dataset.vlm_dataset import VLMDataset
 from trainer.setup import build_vlm
 
@@ -26,8 +26,8 @@ def items(data):
     return [(str(data / f"images/{i}.png"), f"rows.jsonl:{i}") for i in range(8)]
 
 
-def filled(folder, vlm, items):
-    cache = open_feature_cache(folder, *vlm)
+def filled(folder, vlm, items, dtype="float16"):
+    cache = open_feature_cache(folder, *vlm, dtype)
     encode_missing(cache, *vlm, items)
     cache.check_complete()
     return cache
@@ -106,3 +106,27 @@ def test_what_cannot_be_read_is_named(tmp_path, vlm, data):
     (data / "images/0.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match=r"rows.jsonl:1: cannot read image .*0.png"):
         encode_missing(cache, *vlm, [(str(data / "images/0.png"), "rows.jsonl:1")])
+
+
+def test_int8_halves_the_disk_and_stays_close(tmp_path, vlm, items):
+    half, small = (filled(tmp_path, vlm, items, dtype) for dtype in ("float16", "int8"))
+    assert half.folder != small.folder
+    sizes = [next(cache.folder.glob("*.npy")).stat().st_size for cache in (half, small)]
+    assert 0.48 < sizes[1] / sizes[0] < 0.53
+    for path, _ in items:
+        expected, found = half[path].float(), small[path].float()
+        assert small[path].dtype == torch.float16 and found.shape == (196, 64)
+        assert ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max() < 0.01
+        step = expected.abs().amax(-1, keepdim=True) / 127
+        assert ((found - expected).abs() <= 0.51 * step + 2e-3 * expected.abs()).all()
+    again = open_feature_cache(tmp_path, *vlm, "int8")
+    assert not again.find_missing(items) and torch.equal(again[items[0][0]], small[items[0][0]])
+
+
+def test_tokens_of_zeros_and_outliers_survive_int8():
+    features = torch.zeros(1, 3, 8)
+    features[0, 1, 0], features[0, 2] = 1000.0, torch.linspace(-1, 1, 8)
+    stored = _to_stored(features, "int8")
+    found = stored["values"] * stored["scales"][..., None].astype("float32")
+    assert abs(found - features.numpy()).max() < 0.5 and (found[0, 0] == 0).all()
+    assert found[0, 1, 0] == pytest.approx(1000, rel=1e-3)

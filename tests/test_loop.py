@@ -3,16 +3,19 @@
 import math
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 
-from dataset.collate import StepDataset
+from dataset import vlm_dataset
+from dataset.collate import StepDataset, StepSampler
+from dataset.images import open_image
 from dataset.vlm_dataset import VLMDataset
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.processing_vlm import MiniMindVLMProcessor
 from trainer.arguments import TrainingFlags
 from trainer.distributed import Runtime
-from trainer.loop import backward, count, learning_rate, planned_steps
+from trainer.loop import MODEL_INPUTS, backward, count, learning_rate, model_inputs, planned_steps
 from trainer.setup import set_trainable
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -45,6 +48,73 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(data, processor, con
     worst = max(float((whole[name] - halves[name]).abs().max()) for name in whole)
     assert worst < 1e-5
     assert max(float(grad.abs().max()) for grad in whole.values()) > 1e-2
+
+
+def test_packed_rows_give_the_logits_and_the_gradient_of_unpacked_ones(data, processor):
+    from conftest import TINY_ENCODER
+
+    model = tiny_model(TINY_ENCODER)
+    set_trainable(model, "proj_llm")
+    full = MiniMindVLMProcessor(processor.image_processor, processor.tokenizer, tokens_per_image=196)
+    samples = VLMDataset([data / "dialogues.jsonl", data / "texts.jsonl"], full, 1024, data / "images")
+    rows = [list(range(16))]
+    (plain,), (packed,) = StepDataset(samples, 0)[rows], StepDataset(samples, 0, 700)[rows]
+    assert len(packed["input_ids"]) < 16
+    assert plain["image_counts"].unique().tolist() == [0, 1, 2]
+
+    def forward(batch):
+        return model(**{name: batch[name] for name in MODEL_INPUTS if name in batch})
+
+    with torch.no_grad():
+        expected, found = forward(plain), forward(packed)
+    assert found.loss.item() == pytest.approx(expected.loss.item(), abs=1e-5)
+    spans = packed_spans(packed)
+    assert len(spans) == 16 and sum(len(span) for _, span in spans) == plain["tokens"]
+    for row, span in spans:
+        ids = packed["input_ids"][row, span]
+        (same,) = (
+            number
+            for number, mask in enumerate(plain["attention_mask"])
+            if torch.equal(plain["input_ids"][number, : int(mask.sum())], ids)
+        )
+        worst = (found.logits[row, span] - expected.logits[same, : len(span)]).abs().max()
+        assert worst < 1e-4
+    apart, together = gradients(model, [plain]), gradients(model, [packed])
+    assert max(float((apart[name] - together[name]).abs().max()) for name in apart) < 1e-5
+
+
+def packed_spans(batch: dict) -> list[tuple[int, torch.Tensor]]:
+    """(row, token numbers) of each packed sample; single tokens are padding."""
+    spans = []
+    for row, positions in enumerate(batch["position_ids"]):
+        pieces = torch.arange(len(positions)).tensor_split((positions == 0).nonzero().flatten())
+        spans += [(row, piece) for piece in pieces if len(piece) > 1]
+    return spans
+
+
+@pytest.mark.parametrize("pack_length", [None, 900])
+def test_a_picture_of_several_rows_is_read_and_encoded_once(data, processor, monkeypatch, pack_length):
+    from conftest import TINY_ENCODER
+
+    model = tiny_model(TINY_ENCODER)
+    full = MiniMindVLMProcessor(processor.image_processor, processor.tokenizer, tokens_per_image=196)
+    samples = VLMDataset([data / "dialogues.jsonl"], full, 1024, data / "images")
+    opened, encoded = [], []
+    monkeypatch.setattr(
+        vlm_dataset, "open_image", lambda path, where: opened.append(path) or open_image(path, where)
+    )
+    (batch,) = StepDataset(samples, 0, pack_length)[[list(range(8))]]
+    # 1.png, 4.png and 7.png alone; 2.png and 5.png each with 0.png
+    assert len(opened) == len(set(opened)) == 6 and batch["image_counts"].sum() == 7
+    hook = model.vision_encoder.register_forward_pre_hook(
+        lambda _, __, kwargs: encoded.append(len(kwargs["pixel_values"])), with_kwargs=True
+    )
+    inputs = model_inputs(model, batch, torch.device("cpu"))
+    found = model(**inputs).loss.item()
+    hook.remove()
+    assert encoded == [6]
+    names = set(batch) & set(MODEL_INPUTS)
+    assert found == pytest.approx(model(**{name: batch[name] for name in names}).loss.item(), abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -82,15 +152,24 @@ def test_schedule_warms_up_then_falls_to_a_tenth():
     assert rates[-1] == pytest.approx(0.1, abs=1e-3) and sorted(rates[4:], reverse=True) == rates[4:]
 
 
-def test_max_steps_cuts_epochs_short():
-    assert planned_steps(10, TrainingFlags(data_path=["x"], epochs=3)) == 30
-    assert planned_steps(10, TrainingFlags(data_path=["x"], epochs=3, max_steps=7)) == 7
+@pytest.mark.parametrize("budget", [None, 2000])
+def test_all_steps_of_all_epochs_are_planned(budget):
+    lengths = np.random.default_rng(0).integers(10, 500, 3000)
+    sampler = StepSampler(lengths, 7, 1, tokens_per_batch=budget)
+    steps = []
+    for epoch in range(6):
+        sampler.set_epoch(epoch)
+        steps.append(len(list(sampler)))
+    assert planned_steps(sampler, TrainingFlags(data_path=["x"], epochs=6)) == sum(steps)
+    assert planned_steps(sampler, TrainingFlags(data_path=["x"], epochs=6, max_steps=7)) == 7
+    assert (len(set(steps)) > 1) == (budget is not None)
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"batch_size": 0}, "--batch_size must be above 0, found 0"),
+        ({"tokens_per_batch": 0}, "--tokens_per_batch must be above 0, found 0"),
         ({"max_steps": 0}, "--max_steps must be above 0"),
         ({"learning_rate": -1.0}, "--learning_rate must be above 0"),
         ({"num_workers": -1}, "--num_workers must not be negative"),

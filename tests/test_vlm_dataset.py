@@ -77,11 +77,11 @@ def test_a_row_cut_before_its_answer_has_nothing_to_learn(data, processor):
 
 
 @pytest.mark.parametrize("name", ["dialogues", "captions", "texts"])
-def test_lengths_are_close_to_the_real_ones(data, processor, name):
+def test_lengths_are_at_least_the_real_ones_and_close(data, processor, name):
     samples = VLMDataset([data / f"{name}.jsonl"], processor, 512, data / "images")
     real = np.array([len(samples[i].input_ids) for i in range(len(samples))])
-    gap = real - samples.lengths()  # of all rows alike: the default system turn, for instance
-    assert gap.max() - gap.min() <= 3
+    spare = samples.lengths() - real
+    assert spare.min() >= 0 and spare.max() <= 12
 
 
 def test_unreadable_image_is_named(data, processor):

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 TRAINABLE = ("proj", "proj_last", "proj_attn", "proj_llm")
+CACHE_DTYPES = ("float16", "int8")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 POSITIVE = (
     "epochs batch_size learning_rate accumulation_steps log_interval save_interval eval_interval "
-    "hidden_size num_hidden_layers num_attention_heads num_key_value_heads max_seq_len max_steps"
+    "hidden_size num_hidden_layers num_attention_heads num_key_value_heads max_seq_len max_steps "
+    "tokens_per_batch"
 ).split()
 MAX_POSITIONS = 32768  # of MiniMindConfig
 NOT_NEGATIVE = ("num_workers", "warmup_iters", "grad_clip", "seed")
@@ -41,6 +43,14 @@ class TrainingFlags:
     out_dir: str = flag("out", "folder for weights; metrics go to runs/ in it")
     epochs: int = flag(1, "passes over the data")
     batch_size: int = flag(16, "rows of one micro-batch on one rank")
+    tokens_per_batch: int | None = optional_flag(
+        "tokens of one micro-batch on one rank, padding included: as many rows as fit, whatever --batch_size "
+        "says"
+    )
+    pack: bool = flag(
+        False,
+        "put several rows of a micro-batch into one sequence of --max_seq_len tokens at most, if cheaper",
+    )
     accumulation_steps: int = flag(1, "micro-batches for one optimizer step")
     learning_rate: float = flag(4e-4, "peak learning rate; a cosine brings it down to a tenth")
     warmup_iters: int = flag(0, "optimizer steps of linear warm-up before the cosine")
@@ -115,4 +125,9 @@ class VLMTrainingFlags(TrainingFlags):
     )
     cache_features: str | None = optional_flag(
         "folder for the encoder's outputs: encode each image only once"
+    )
+    cache_dtype: str = flag(
+        "float16",
+        "precision in --cache_features; int8, with a scale for each token, halves the disk",
+        CACHE_DTYPES,
     )

@@ -16,12 +16,15 @@ from torch.utils.data import DataLoader
 from dataset.collate import StepDataset, StepSampler
 from dataset.errors import DataError
 from dataset.vlm_dataset import VLMDataset
+from model.processing_vlm import image_slots
 from trainer.arguments import TrainingFlags
 from trainer.distributed import Runtime, ignore_signals, resolve_dtype
 from trainer.metrics import Metrics
 
 log = logging.getLogger(__name__)
-MODEL_INPUTS = ("input_ids", "attention_mask", "labels", "pixel_values", "image_features", "image_counts")
+COMPILED_MULTIPLE = 32  # lengths are rounded up to it, so that few of them have to be compiled for
+MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "labels")
+MODEL_INPUTS += ("pixel_values", "image_features", "image_counts")
 
 
 def train(
@@ -40,7 +43,7 @@ def train(
     """
     sampler = step_sampler(samples, flags, runtime)
     loader = step_loader(samples, sampler, flags, runtime)
-    total_steps = planned_steps(len(sampler), flags)
+    total_steps = planned_steps(sampler, flags)
     dtype = resolve_dtype(flags.dtype, runtime.device)
     autocast = torch.autocast(runtime.device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=dtype == torch.float16)
@@ -48,9 +51,8 @@ def train(
     optimizer = torch.optim.AdamW(learning, lr=flags.learning_rate, fused=True)
     forward = distribute(model, flags, runtime)
     model.train()
-    step = learnt_tokens = 0
+    step = epoch = learnt_tokens = 0
     while step < total_steps:
-        epoch = step // len(sampler)
         sampler.set_epoch(epoch)
         for micro_batches in loader:
             try:
@@ -88,6 +90,7 @@ def train(
                 break
         if not learnt_tokens:
             raise DataError(f"no row has a supervised token within --max_seq_len {flags.max_seq_len}")
+        epoch += 1
     return 0
 
 
@@ -103,7 +106,7 @@ def backward(
     sums = {"loss": 0.0, "aux_loss": 0.0}
     tokens = max(totals["supervised_tokens"], 1)
     for number, batch in enumerate(micro_batches, start=1):
-        inputs = {k: batch[k].to(runtime.device, non_blocking=True) for k in MODEL_INPUTS if k in batch}
+        inputs = model_inputs(forward, batch, runtime.device)
         last = number == len(micro_batches)
         with contextlib.nullcontext() if last or runtime.world_size == 1 else forward.no_sync():
             with autocast:
@@ -117,6 +120,19 @@ def backward(
         sums["aux_loss"] += output.aux_loss.detach() * batch["rows"]
     counts = ("supervised_tokens", "tokens", "rows", "skipped_rows")
     return sums | {name: sum(batch[name] for batch in micro_batches) for name in counts}
+
+
+def model_inputs(model: torch.nn.Module, batch: dict, device: torch.device) -> dict[str, torch.Tensor]:
+    """The batch's tensors for `forward`. Where rows share pictures, each is encoded here, once."""
+    inputs = {k: batch[k].to(device, non_blocking=True) for k in MODEL_INPUTS if k in batch}
+    if "first_image" in batch:
+        counts, pixel_values = batch["image_counts"], inputs.pop("pixel_values")
+        images = pixel_values[torch.arange(pixel_values.shape[1]) < counts[:, None]]  # (images, 3, H, W)
+        first, picture = (numbers.to(device) for numbers in batch["first_image"].unique(return_inverse=True))
+        model = getattr(model, "module", model)  # out of DDP
+        features = model.get_image_embeddings(images[first], model.vision_encoder)  # (pictures, P, W)
+        inputs["image_features"] = image_slots(features[picture], counts)
+    return inputs
 
 
 def untouched(model: torch.nn.Module) -> torch.Tensor | float:
@@ -147,7 +163,13 @@ def evaluate(
     """Mean loss over the supervised tokens of all rows, in the training precision; every rank must call
     it."""
     sampler = StepSampler(
-        samples.lengths(), flags.batch_size, 1, runtime.rank, runtime.world_size, shuffle=False
+        samples.lengths(),
+        flags.batch_size,
+        1,
+        runtime.rank,
+        runtime.world_size,
+        shuffle=False,
+        tokens_per_batch=flags.tokens_per_batch,
     )
     dtype = resolve_dtype(flags.dtype, runtime.device)
     loss, tokens = 0.0, 0
@@ -155,7 +177,7 @@ def evaluate(
     for micro_batches in step_loader(samples, sampler, flags, runtime):
         count(micro_batches, runtime)
         for batch in micro_batches:
-            inputs = {k: batch[k].to(runtime.device) for k in MODEL_INPUTS if k in batch}
+            inputs = model_inputs(model, batch, runtime.device)
             with torch.autocast(runtime.device.type, dtype, enabled=dtype != torch.float32):
                 loss += float(model(**inputs, num_items_in_batch=1, skip_logits=True).loss)
             tokens += batch["supervised_tokens"]
@@ -172,8 +194,14 @@ def learning_rate(step: int, total_steps: int, flags: TrainingFlags) -> float:
     return flags.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
 
-def planned_steps(steps_per_epoch: int, flags: TrainingFlags) -> int:
-    return min(steps_per_epoch * flags.epochs, flags.max_steps or math.inf)
+def planned_steps(sampler: StepSampler, flags: TrainingFlags) -> int:
+    """Optimizer steps of the whole run: those of all epochs, or --max_steps if that is less."""
+    steps = 0
+    for epoch in range(flags.epochs):
+        steps += sampler.steps_of_epoch(epoch)
+        if flags.max_steps and steps >= flags.max_steps:
+            return flags.max_steps
+    return steps
 
 
 def step_sampler(samples: VLMDataset, flags: TrainingFlags, runtime: Runtime) -> StepSampler:
@@ -184,6 +212,7 @@ def step_sampler(samples: VLMDataset, flags: TrainingFlags, runtime: Runtime) ->
         runtime.rank,
         runtime.world_size,
         flags.seed,
+        tokens_per_batch=flags.tokens_per_batch,
     )
 
 
@@ -192,7 +221,12 @@ def step_loader(
 ) -> Iterator:
     """Fetches whole steps: each item is a step's list of micro-batches, or the DataError that it met."""
     return DataLoader(
-        StepDataset(samples, samples.processor.tokenizer.pad_token_id),
+        StepDataset(
+            samples,
+            samples.processor.tokenizer.pad_token_id,
+            flags.max_seq_len if flags.pack else None,
+            COMPILED_MULTIPLE if flags.compile else 1,
+        ),
         batch_size=None,
         sampler=sampler,
         num_workers=flags.num_workers,

@@ -11,7 +11,7 @@ from dataset.vlm_dataset import VLMDataset
 from model.processing_vlm import MiniMindVLMProcessor
 from trainer.arguments import TrainingFlags, VLMTrainingFlags
 from trainer.checkpoint import describe, save_weights, weight_name
-from trainer.cli import user_errors
+from trainer.cli import UserError, user_errors
 from trainer.distributed import Runtime, runtime
 from trainer.loop import planned_steps, step_sampler, train
 from trainer.metrics import Metrics, open_tracker
@@ -64,7 +64,7 @@ def run_stage(flags: TrainingFlags, stage: str, bases: tuple[str, ...]) -> int:
             run.world_size,
         )
         run.catch_signals()
-        total_steps = planned_steps(len(step_sampler(samples, flags, run)), flags)
+        total_steps = planned_steps(step_sampler(samples, flags, run), flags)
         tracker = open_tracker(flags.use_wandb, flags.wandb_project, name, dataclasses.asdict(flags), run)
         metrics = Metrics(out_dir / "runs" / Path(name).stem, total_steps, run, stage, tracker)
         path = out_dir / name
@@ -96,15 +96,20 @@ def open_samples(
 ) -> VLMDataset:
     """The rows of `paths`; with --cache_features, their pictures are encoded first, each rank its share."""
     files = [Path(path) for path in paths]
-    if not isinstance(flags, VLMTrainingFlags):
-        with run.main_first():
-            return VLMDataset(files, processor, flags.max_seq_len)
-    images = Path(flags.images_path) if flags.images_path else None
+    visual = isinstance(flags, VLMTrainingFlags)
+    images = Path(flags.images_path) if visual and flags.images_path else None
     with run.main_first():
         samples = VLMDataset(files, processor, flags.max_seq_len, images)
-    if flags.cache_features:
+        if flags.tokens_per_batch and (longest := samples.lengths().max()) > flags.tokens_per_batch:
+            raise UserError(
+                f"--tokens_per_batch {flags.tokens_per_batch}: a row of {paths[0]} has {longest} tokens; "
+                f"give at least that, or a smaller --max_seq_len"
+            )
+    if visual and flags.cache_features:
         with run.together(), user_errors("--cache_features"):
-            samples.features = open_feature_cache(Path(flags.cache_features), model, processor)
+            samples.features = open_feature_cache(
+                Path(flags.cache_features), model, processor, flags.cache_dtype
+            )
             encode_missing(
                 samples.features, model, processor, samples.image_paths(), run.rank, run.world_size
             )

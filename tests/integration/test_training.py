@@ -1,6 +1,7 @@
 """The training scripts as users run them: stages, files, metrics, signals, ranks, and bad input."""
 
 import json
+import math
 import os
 import resource
 import signal
@@ -188,6 +189,7 @@ def test_help_explains_every_flag_with_its_default(run):
     [
         (["--batch_size", 0], "--batch_size must be above 0, found 0"),
         (["--trainable", "all"], "invalid choice: 'all'"),
+        (["--cache_dtype", "int4"], "invalid choice: 'int4'"),
         (["--unknown", 1], "--unknown"),
         (["--learning_rate", "nan"], "--learning_rate must be above 0, found nan"),
     ],
@@ -235,6 +237,27 @@ def test_a_full_disk_keeps_the_previous_weights(data, tmp_path):
     assert "cannot write" in line and "the previous pretrain_vlm_64.pth is intact" in line
     assert (out / "pretrain_vlm_64.pth").read_bytes() == b"previous"
     assert sorted(path.name for path in out.iterdir()) == ["pretrain_vlm_64.pth", "runs"]
+
+
+def test_a_token_budget_trains_and_says_if_a_row_does_not_fit(data, tmp_path, run):
+    out = tmp_path / "out"
+    run(*pretrain(data, out, "--tokens_per_batch", 750, "--epochs", 2))
+    trained = records(out, "pretrain_vlm_64")
+    assert [line["step"] for line in trained] == [*range(1, 7)]  # three rows of about 245 tokens each
+    last = 4e-4 * (0.1 + 0.45 * (1 + math.cos(math.pi * 5 / 6)))  # the schedule knows the number of steps
+    assert trained[-1]["learning_rate"] == pytest.approx(last) and trained[-1]["epoch"] == 1
+    line = error_line(run(*pretrain(data, out, "--tokens_per_batch", 200), expect=1))
+    assert "--tokens_per_batch 200: a row of" in line and "captions.jsonl" in line and "--max_seq_len" in line
+
+
+def test_packing_trains_the_same(data, tmp_path, run):
+    for name, flags in (("plain", []), ("packed", ["--pack"])):
+        command = pretrain(data, tmp_path / name, "--batch_size", 8, "--epochs", 3, *flags)
+        run(*command, "--data_path", data / "dialogues.jsonl")
+    plain, packed = (records(tmp_path / name, "pretrain_vlm_64") for name in ("plain", "packed"))
+    for name in ("loss", "grad_norm", "supervised_tokens"):
+        assert [x[name] for x in packed] == pytest.approx([x[name] for x in plain], rel=1e-3)
+    assert [x["loss"] for x in packed] != [x["loss"] for x in plain]  # the same by another way
 
 
 def test_features_and_half_precision_train_as_well(data, tmp_path, run):
