@@ -134,9 +134,8 @@ def collate(
     Where pixel_values hold a picture more than once, `first_image` (images,) int64 has for each image, row
     after row, the number of the first one that is the same.
 
-    With `pack_length`, several samples may share a row of at most that many tokens. Where they do,
-    position_ids (B, T) take the place of attention_mask: the library sees from them, and only where there is
-    no mask, that a sequence begins at each 0. Padding has 0 throughout: sequences of one token.
+    With `pack_length`, several samples may share a row of at most that many tokens. Where they do, there are
+    position_ids (B, T) as well: the model sees from them that a sequence begins at each 0.
     """
     lengths = [len(sample.input_ids) for sample in samples]
     rows = pack(lengths, pack_length) if pack_length else [[i] for i in range(len(samples))]
@@ -151,19 +150,19 @@ def collate(
         for i in row:
             start, end = end, end + lengths[i]
             input_ids[number, start:end] = torch.tensor(samples[i].input_ids)
-            labels[number, start + 1 : end] = torch.tensor(
-                samples[i].labels[1:]
-            )  # nothing predicts the first
+            following = torch.tensor(samples[i].labels[1:])  # nothing predicts the first
+            labels[number, start + 1 : end] = following
             position_ids[number, start:end] = torch.arange(lengths[i])
         attention_mask[number, :end] = 1
     batch = {
         "input_ids": input_ids,
         "labels": labels,
+        "attention_mask": attention_mask,
         "supervised_tokens": int((labels != IGNORE_INDEX).sum()),
         "tokens": sum(lengths),
     }
-    packed = len(rows) < len(samples)
-    batch |= {"position_ids": position_ids} if packed else {"attention_mask": attention_mask}
+    if len(rows) < len(samples):
+        batch["position_ids"] = position_ids
     ordered = [samples[i] for row in rows for i in row if samples[i].images]
     if not ordered:
         return batch
