@@ -3,7 +3,7 @@
     python scripts/benchmark.py --json out/benchmark.json --plot out/benchmark.png
 Both get the same rows, order and initial weights, in processes of their own that take turns. `published` pads
 every row to the stage's longest, keeps the logits of all positions, computes attention step by step, loops
-over experts, and works in float32; `default` is what the training scripts do; `cached` adds --cache_features.
+over experts, asks one question at a time, and works in float32; `default` is what the training scripts do; `cached` adds --cache_features.
 """
 
 import argparse
@@ -90,7 +90,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for stage in options.stages:
             write_rows(Path(folder), stage, options)
-            results = compare(stage, Path(folder), options)
+            try:
+                results = compare(stage, Path(folder), options)
+            except EOFError:
+                sys.exit(f"error: {stage}: a process ended before it had measured; see above")
             report["stages"][stage] = results
             print(table(stage, results), flush=True)
         if options.scaling:
@@ -144,6 +147,7 @@ def compare(stage: str, folder: Path, options: argparse.Namespace) -> dict[str, 
         own, other = spawn.Pipe()
         process = spawn.Process(target=work, args=(other, stage, mode, folder, options), daemon=True)
         process.start()
+        other.close()  # so that the end of the process ends the waiting for it
         workers[mode] = own, process
         results[mode] = own.recv()  # ready, before the next one warms up
     peaks = []
@@ -194,7 +198,7 @@ class Bench:
         sizes = {"hidden_size": options.hidden_size, "num_hidden_layers": options.num_hidden_layers}
         vision = CLIPVisionConfig(patch_size=16, num_hidden_layers=options.vision_layers)
         config = VLMConfig(**sizes, **special_ids(tokenizer), use_moe=stage == "moe", vision_config=vision)
-        kind = PublishedVLM if mode == "published" else MiniMindVLM
+        kind = PublishedVLM if mode == "published" and stage != "inference" else MiniMindVLM
         self.model = kind(config, None).to(run.device)
         if mode == "published":
             minimind.Attention.forward = attention_step_by_step
@@ -262,6 +266,7 @@ class Bench:
         if self.mode == "cached":
             samples.features = open_feature_cache(self.folder / "features", self.model, self.processor)
             encode_missing(samples.features, self.model, self.processor, samples.image_paths())
+            samples.features.check_complete()
         return samples
 
     def answer(self, repeat: int) -> dict[str, float]:
