@@ -3,7 +3,8 @@
     python scripts/benchmark.py --json out/benchmark.json --plot out/benchmark.png
 Both get the same rows, order and initial weights, in processes of their own that take turns. `published` pads
 every row to the stage's longest, keeps the logits of all positions, computes attention step by step, loops
-over experts, asks one question at a time, and works in float32; `default` is what the training scripts do; `cached` adds --cache_features.
+over experts, asks one question at a time, and works in float32; `default` is what the training scripts do;
+`cached` adds --cache_features.
 """
 
 import argparse
