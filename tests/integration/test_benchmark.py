@@ -16,6 +16,7 @@ def benchmark(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=280)
 
 
+@pytest.mark.slow
 def test_published_and_default_training_have_the_same_losses_for_fifty_steps(tmp_path: Path):
     report = tmp_path / "report.json"
     done = benchmark(
