@@ -31,6 +31,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmark_scaling import scale, scaling_table
+from make_demo_data import row
 
 import dataset.collate
 import model.model_minimind as minimind
@@ -130,10 +131,7 @@ def write_rows(folder: Path, stage: str, options: argparse.Namespace) -> None:
                     Image.fromarray(coarse).resize((320, 240)).save(picture)
                 count = max(1, round(min(lengths[number], longest - 230) / tokens_per_word))
                 answer = " and ".join(words[i] for i in rng.integers(0, len(words), count))
-                turns = [("user", "<image>\nWhat is here?"), ("assistant", answer)]
-                conversations = [{"role": role, "content": content} for role, content in turns]
-                row = {"image": str(picture), "conversations": conversations}
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps(row([("What is here?", answer)], str(picture))) + "\n")
 
 
 # One stage: a process for each mode, which take turns
@@ -242,7 +240,6 @@ class Bench:
     def learn(self, repeat: int) -> dict[str, Any]:
         samples = self.samples(repeat)
         self.counter.positions = 0
-        self.run.stop_code = 0
         start = time.perf_counter()
         steps = self.train(samples)
         seconds = time.perf_counter() - start
@@ -275,10 +272,9 @@ class Bench:
         questions = questions_of(self.samples(repeat).rows, "")
         size = 1 if self.mode == "published" else self.options.batch_size
         dtype = resolve_dtype(self.flags.dtype, self.run.device)
-        autocast = torch.autocast(self.run.device.type, dtype, enabled=dtype != torch.float32)
         self.model.eval()
         start, tokens = time.perf_counter(), 0
-        with autocast if dtype != torch.float32 else nullcontext():
+        with torch.autocast(self.run.device.type, dtype, enabled=dtype != torch.float32):
             for first in range(0, len(questions), size):
                 batch = questions[first : first + size]
                 features = encode_pictures(self.model, self.processor, batch, size)

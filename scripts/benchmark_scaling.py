@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from make_demo_data import row, write_rows
 from PIL import Image
 from torch.utils.data import DataLoader
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -77,9 +78,7 @@ def row_points(folder: Path, rows: int) -> list[dict]:
     path = folder / f"rows_{rows}.jsonl"
     with path.open("w") as file:
         for number in range(rows):
-            turns = [("user", TEXT + str(number)), ("assistant", "a bicycle")]
-            conversations = [{"role": role, "content": content} for role, content in turns]
-            file.write(json.dumps({"conversations": conversations}) + "\n")
+            file.write(json.dumps(row([(TEXT + str(number), "a bicycle")])) + "\n")
     points = [{"rows": rows, "start": start, **apart(first_step, str(path))} for start in ("first", "later")]
     path.unlink()
     return points
@@ -126,10 +125,8 @@ def loader_point(folder: Path, workers: int) -> dict:
         if not file.exists():
             coarse = rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)
             Image.fromarray(coarse).resize((640, 480)).save(file, quality=90)
-        turns = [("user", "<image>\nWhat is here?"), ("assistant", "a cat")]
-        conversations = [{"role": role, "content": content} for role, content in turns]
-        rows.append({"image": str(file), "conversations": conversations})
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rows.append(row([("What is here?", "a cat")], str(file)))
+    write_rows(path, rows)
     tokenizer = load_tokenizer(str(ROOT / DEFAULT_TOKENIZER))
     samples = VLMDataset([path], MiniMindVLMProcessor(CLIPImageProcessorPil(), tokenizer), 640)
     loader = DataLoader(
