@@ -130,17 +130,27 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         `labels` are `(B, T)`, unshifted, -100 where nothing is learnt; `loss` is then the mean over
         supervised tokens, 0 if there are none. Two of `args` matter, both with `labels`: `num_items_in_batch`
         divides the summed loss instead of this call's own count (for gradient accumulation and several
-        ranks), and `skip_logits=True` leaves `logits` None, which saves the memory of unsupervised tokens.
+        ranks), and `skip_logits=True` leaves `logits` and `last_hidden_state` None: where no position but the
+        supervised ones matters, the last layer's feed-forward and the head work on those alone.
         """
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        hidden, aux_loss = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
+        only_loss = labels is not None and args.get("skip_logits", False)
+        positions, targets = supervised_positions(labels) if labels is not None else (None, None)
+        hidden, aux_loss = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            positions if only_loss else None,
+        )
         loss, logits = None, None
         if labels is not None:
-            loss, supervised = self.supervised_loss(hidden, labels)
+            supervised = hidden if only_loss else select(hidden, positions)  # (supervised, C)
             items = args.get("num_items_in_batch")
-            loss = loss / (max(supervised, 1) if items is None else items)
-        if labels is None or not args.get("skip_logits", False):
+            loss = self._loss_sum(supervised, targets) / (max(len(targets), 1) if items is None else items)
+        if not only_loss:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, keep])  # (B, kept, V)
         return MiniMindOutput(
@@ -148,31 +158,19 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
             logits=logits,
             aux_loss=aux_loss,
             past_key_values=past_key_values,
-            last_hidden_state=hidden,
+            last_hidden_state=None if only_loss else hidden,
         )
 
-    def supervised_loss(
-        self, hidden: torch.Tensor, labels: torch.LongTensor, reduction: str = "sum"
-    ) -> tuple[torch.Tensor, int]:
-        """fp32 cross-entropy of the positions of `hidden` (B, T, C) whose next label counts; and how many.
+    def _loss_sum(self, hidden: torch.Tensor, targets: torch.LongTensor) -> torch.Tensor:
+        """Summed fp32 cross-entropy of hidden states (N, C) and targets (N,); without any, 0 with gradients.
 
-        `reduction` is "sum" or "mean". Logits exist only for those positions, at most `LOSS_CHUNK` at a time.
-        Without any supervised token the loss is a zero that still has (zero) gradients, as DDP needs.
+        At most `LOSS_CHUNK` positions have logits at a time.
         """
-        targets = labels[:, 1:].flatten()  # (B * (T - 1),)
-        positions = (targets != -100).nonzero().squeeze(1)  # (supervised,)
-        targets = targets[positions]
-        # Position p of the shortened rows is position p + row of the full ones.
-        positions = positions + positions.div(max(labels.shape[1] - 1, 1), rounding_mode="floor")
-        hidden = hidden.flatten(0, 1).index_select(0, positions)  # (supervised, C)
-        if len(positions) <= LOSS_CHUNK:
-            loss = self._cross_entropy_sum(hidden, targets)
-        else:  # recompute each chunk's logits in the backward pass rather than keep them all
-            chunks = zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True)
-            loss = sum(checkpoint(self._cross_entropy_sum, *chunk, use_reentrant=False) for chunk in chunks)
-        if reduction == "mean":
-            loss = loss / max(len(positions), 1)
-        return loss, len(positions)
+        if len(targets) <= LOSS_CHUNK:
+            return self._cross_entropy_sum(hidden, targets)
+        # Recompute each chunk's logits in the backward pass rather than keep them all.
+        chunks = zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True)
+        return sum(checkpoint(self._cross_entropy_sum, *chunk, use_reentrant=False) for chunk in chunks)
 
     def _cross_entropy_sum(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(self.lm_head(hidden).float(), targets, reduction="sum")
@@ -202,7 +200,9 @@ class MiniMindModel(nn.Module):
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        positions: torch.LongTensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Final hidden states (B, T, C), or (N, C) at flat `positions` (N,) alone; auxiliary loss."""
         hidden = self.embed(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
         length = hidden.shape[1]
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -229,8 +229,12 @@ class MiniMindModel(nn.Module):
             self.freqs_sin[position_ids].unsqueeze(1),
         )  # (B, 1, T, D)
         aux_loss = torch.zeros((), device=hidden.device)
-        for layer in self.layers:
-            hidden, layer_aux_loss = layer(hidden, rope, mask, sequences, past_key_values=past_key_values)
+        last = len(self.layers) - 1
+        for index, layer in enumerate(self.layers):
+            wanted = positions if index == last else None
+            hidden, layer_aux_loss = layer(
+                hidden, rope, mask, sequences, wanted, past_key_values=past_key_values
+            )
             if layer_aux_loss is not None:
                 aux_loss = aux_loss + layer_aux_loss
         return self.norm(hidden), aux_loss
@@ -284,15 +288,18 @@ class MiniMindBlock(GradientCheckpointingLayer):
         rope: tuple[torch.Tensor, torch.Tensor],
         mask: torch.Tensor | None,
         sequences: torch.Tensor | None,
+        positions: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, T, C) -> the same, or (N, C) at flat `positions` (N,) alone; auxiliary loss of a MoE."""
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), rope, mask, past_key_values)
-        normed = self.post_attention_layernorm(hidden)
-        if isinstance(self.mlp, MoE):
-            update, aux_loss = self.mlp(normed, sequences)
-        else:
-            update, aux_loss = self.mlp(normed), None
-        return hidden + update, aux_loss
+        if isinstance(self.mlp, MoE):  # its balance depends on all tokens
+            update, aux_loss = self.mlp(self.post_attention_layernorm(hidden), sequences)
+            hidden = hidden + update
+            return hidden if positions is None else select(hidden, positions), aux_loss
+        if positions is not None:
+            hidden = select(hidden, positions)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden)), None
 
 
 class Attention(nn.Module):
@@ -450,6 +457,20 @@ def matmul_dtype(states: torch.Tensor) -> torch.dtype:
     """What a linear layer would compute in here."""
     device = states.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
+
+
+def supervised_positions(labels: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
+    """Of labels (B, T): the flat positions in B * T whose next label counts (N,), and those labels (N,)."""
+    targets = labels[:, 1:].flatten()  # (B * (T - 1),)
+    positions = (targets != -100).nonzero().squeeze(1)  # (N,)
+    # Position p of the shortened rows is position p + row of the full ones.
+    rows = positions.div(max(labels.shape[1] - 1, 1), rounding_mode="floor")
+    return positions + rows, targets[positions]
+
+
+def select(hidden: torch.Tensor, positions: torch.LongTensor) -> torch.Tensor:
+    """(B, T, C) -> (N, C) at flat positions (N,)."""
+    return hidden.flatten(0, 1).index_select(0, positions)
 
 
 class RMSNorm(nn.Module):

@@ -51,8 +51,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LENGTHS = {"pretrain": (640, 269), "sft": (1536, 538), "moe": (640, 269), "inference": (640, 269)}
 SPREAD = 0.5  # standard deviation of the logarithm of a row's text length
 TRAINABLE = {"pretrain": "proj", "sft": "proj_llm", "moe": "proj"}  # of the release's code
-MODES = {"pretrain": 3, "sft": 3, "moe": 3, "inference": 2}
-MODE_NAMES = ("published", "default", "cached")
+STAGES = ("pretrain", "sft", "moe", "inference")
+MODES = ("published", "default", "cached")  # inference has no use for a cache
 MEASURED = ("samples_per_second", "tokens_per_second", "padding", "utilization", "ratio")
 ANSWER_TOKENS = 32
 
@@ -61,9 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--stages", nargs="*", choices=list(MODES), default=list(MODES), help="what is compared"
-    )
+    parser.add_argument("--stages", nargs="*", choices=STAGES, default=STAGES, help="what is compared")
     parser.add_argument("--repeats", type=int, default=3, help="measurements of each figure, in turns")
     parser.add_argument("--rows", type=int, default=256, help="rows whose lengths are drawn")
     parser.add_argument("--steps", type=int, default=8, help="optimizer steps of a repeat")
@@ -110,19 +108,19 @@ def main() -> None:
 
 
 def write_rows(folder: Path, stage: str, options: argparse.Namespace) -> None:
-    """A JSONL file for each repeat, whose rows are spread over the lengths of all `options.rows` rows."""
+    """A JSONL file for each repeat: steps spread over those that all `options.rows` rows, sorted, make."""
     longest, mean = LENGTHS[stage]
     rng = np.random.default_rng(1337)
     text = mean - 196 - 30  # without the picture and the words of the chat
     lengths = text * rng.lognormal(-(SPREAD**2) / 2, SPREAD, options.rows)
-    order = np.argsort(lengths)
+    size = options.batch_size
+    steps = np.argsort(lengths)[: options.rows // size * size].reshape(-1, size)  # rows of each step
     words = [entry["en"] for entry in json.loads((ROOT / "dataset/demo/world.json").read_text())["concepts"]]
     tokens_per_word = 3.2  # of these names, with " and "
-    used = options.steps * options.batch_size
     (folder / "images").mkdir(exist_ok=True)
     for repeat in range(options.repeats):
-        places = (np.arange(used) + (repeat + 0.5) / options.repeats) * options.rows / used
-        chosen = order[places.astype(int)]
+        places = (np.arange(options.steps) + (repeat + 0.5) / options.repeats) * len(steps) / options.steps
+        chosen = steps[places.astype(int)].flatten()
         with (folder / f"{stage}_{repeat}.jsonl").open("w") as file:
             for number in rng.permutation(chosen):
                 picture = folder / "images" / f"{number}.jpg"
@@ -142,7 +140,7 @@ def compare(stage: str, folder: Path, options: argparse.Namespace) -> dict[str, 
     spawn = multiprocessing.get_context("spawn")
     workers = {}
     results: dict[str, dict] = {}
-    for mode in MODE_NAMES[: MODES[stage]]:
+    for mode in MODES[:2] if stage == "inference" else MODES:
         own, other = spawn.Pipe()
         process = spawn.Process(target=work, args=(other, stage, mode, folder, options), daemon=True)
         process.start()
@@ -414,7 +412,7 @@ def plot(report: dict, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for place, mode in enumerate(MODE_NAMES):
+    for place, mode in enumerate(MODES):
         found = [(i, s[mode]["ratio"]) for i, s in enumerate(report["stages"].values()) if mode in s]
         heights = [statistics.median(ratios) for _, ratios in found]
         whiskers = [

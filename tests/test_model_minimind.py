@@ -413,7 +413,8 @@ def test_compilations_are_bounded_whatever_the_lengths(use_moe):
     for length in (17, 23, 40, 9, 31, 64, 50, 12):
         ids, mask = pad(random_rows([length, length - 3, 5]), "right")
         labels = ids.masked_fill(mask == 0, -100)
-        losses = [lm(ids, attention_mask=mask, labels=labels).loss for lm in (plain, compiled)]
+        inputs = {"attention_mask": mask, "labels": labels, "skip_logits": True}
+        losses = [lm(ids, **inputs).loss for lm in (plain, compiled)]
         torch.testing.assert_close(*losses, **close)
         losses[1].backward()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= (6 if use_moe else 2)
@@ -458,16 +459,21 @@ def test_supervised_loss_equals_full_cross_entropy(monkeypatch, chunk):
         torch.testing.assert_close(parameter.grad, reference.grad, atol=1e-6, rtol=1e-4)
 
 
-def test_summed_loss_and_count():
-    lm = build()
+@pytest.mark.parametrize("use_moe", [False, True], ids=["dense", "moe"])
+def test_loss_alone_equals_the_loss_beside_logits(use_moe):
+    one, other = build(use_moe=use_moe).train(), build(use_moe=use_moe).train()
     ids, labels = labelled_batch()
-    output = lm(ids, labels=labels, num_items_in_batch=40, skip_logits=True)
-    assert output.logits is None
-    total, count = lm.supervised_loss(output.last_hidden_state, labels)
-    mean, _ = lm.supervised_loss(output.last_hidden_state, labels, reduction="mean")
-    assert count == 5 + 8
-    torch.testing.assert_close(output.loss, total / 40)
-    torch.testing.assert_close(mean, total / count)
+    output, alone = (
+        one(ids, labels=labels),
+        other(ids, labels=labels, num_items_in_batch=40, skip_logits=True),
+    )
+    assert alone.logits is None and alone.last_hidden_state is None
+    torch.testing.assert_close(alone.loss * 40 / (5 + 8), output.loss)  # both rows' supervised tokens
+    torch.testing.assert_close(alone.aux_loss, output.aux_loss)
+    (output.loss + output.aux_loss).backward()
+    (alone.loss * 40 / (5 + 8) + alone.aux_loss).backward()
+    for parameter, reference in zip(other.parameters(), one.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, reference.grad, atol=1e-6, rtol=1e-4)
 
 
 def test_no_supervised_token_gives_zero_loss_and_gradients():
