@@ -50,6 +50,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Longest row, mean row in tokens: so that 58 % and 65 % of a batch of the published scripts is padding.
 LENGTHS = {"pretrain": (640, 269), "sft": (1536, 538), "moe": (640, 269), "inference": (640, 269)}
 SPREAD = 0.5  # standard deviation of the logarithm of a row's text length
+BATCH_SIZES = {"pretrain": 8, "sft": 4, "moe": 4, "inference": 4}  # what fits 24 GiB in all modes at once
 TRAINABLE = {"pretrain": "proj", "sft": "proj_llm", "moe": "proj"}  # of the release's code
 STAGES = ("pretrain", "sft", "moe", "inference")
 MODES = ("published", "default", "cached")  # inference has no use for a cache
@@ -65,7 +66,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="measurements of each figure, in turns")
     parser.add_argument("--rows", type=int, default=256, help="rows whose lengths are drawn")
     parser.add_argument("--steps", type=int, default=8, help="optimizer steps of a repeat")
-    parser.add_argument("--batch_size", type=int, default=4, help="rows of a step")
+    parser.add_argument("--batch_size", type=int, help=f"rows of a step; if not given: {BATCH_SIZES}")
     parser.add_argument("--hidden_size", type=int, default=512, help="width of the language model")
     parser.add_argument("--num_hidden_layers", type=int, default=8, help="its layers")
     parser.add_argument("--vision_layers", type=int, default=12, help="layers of the encoder, else ViT-B/16")
@@ -81,14 +82,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for every figure")
     parser.add_argument("--plot", type=Path, help="PNG file for the ratios")
     options = parser.parse_args()
-    if min(options.repeats, options.steps, options.batch_size) < 1:
+    batch_sizes = {stage: options.batch_size or BATCH_SIZES[stage] for stage in options.stages}
+    if min(options.repeats, options.steps, *batch_sizes.values()) < 1:
         parser.error("--repeats, --steps and --batch_size must be at least 1")
-    if options.rows < options.steps * options.batch_size:
+    if options.rows < options.steps * max(batch_sizes.values()):
         parser.error(f"--rows {options.rows} is less than --steps x --batch_size")
 
-    report: dict[str, Any] = {"options": vars(options) | {"json": None, "plot": None}, "stages": {}}
+    report: dict[str, Any] = {"options": vars(options) | {"batch_size": batch_sizes}, "stages": {}}
     with tempfile.TemporaryDirectory() as folder:
         for stage in options.stages:
+            options.batch_size = batch_sizes[stage]
             write_rows(Path(folder), stage, options)
             try:
                 results = compare(stage, Path(folder), options)
