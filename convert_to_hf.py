@@ -99,14 +99,14 @@ def export_to_pth(folder: Path, out: Path) -> None:
     model, _ = load_export(folder)
     with user_errors(str(folder / SIDECAR)):
         sidecar = json.loads((folder / SIDECAR).read_text(encoding="utf-8"))
-    save_weights(out, model, sidecar)
+    save_weights(out, half_state(model.state_dict()), sidecar)
     log.info("%s -> %s and %s", folder, out, out.with_suffix(".json").name)
 
 
 def write_export(folder: Path, model: MiniMindVLM, processor: MiniMindVLMProcessor, sidecar: Sidecar) -> None:
     """Everything but the model card. The language model is stored in fp16, as in the `.pth`; the encoder too,
     if that keeps all of its values, else in fp32."""
-    state = half_state(model)
+    state = half_state(model.state_dict())
     if model.config.tie_word_embeddings:
         del state["lm_head.weight"]
     state |= exact_half({k: v for k, v in model.state_dict().items() if k.startswith("vision_encoder.")})

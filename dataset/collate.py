@@ -6,7 +6,6 @@ ranks. Shapes: B rows, T tokens, N most images of a row.
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from dataset.vlm_dataset import Sample, VLMDataset
 from model.processing_vlm import IGNORE_INDEX, image_slots
 
 MASKED_TOKENS = 3000  # a token of such a long sequence costs as much in masked attention as in all else
+SILENT = Sample(input_ids=[0, 0], labels=[IGNORE_INDEX] * 2)  # keeps ranks in step; counts for nothing
 WINDOW_STEPS = 50  # rows are sorted by length within shuffled windows of this many steps
 
 
@@ -26,9 +26,9 @@ class StepSampler(Sampler):
     Every row comes once an epoch, shuffled by (seed, epoch). Rows of a step are of similar length. The rows
     of a step depend on batch_size * accumulation_steps * world_size only, not on how they are split, and
     ranks get rows of nearly equal lengths. All ranks have the same number of micro-batches; one without a row
-    of its own (end of the epoch) gets `-1 - row`: that row is only there to keep the ranks in step and has no
-    weight. With `tokens_per_batch`, a micro-batch has as many rows as fit instead of `batch_size`: longest
-    row times rows is at most that, and the number of steps differs a little from epoch to epoch.
+    of its own (end of the epoch) gets an empty list. With `tokens_per_batch`, a micro-batch has as many rows
+    as fit instead of `batch_size`: longest row times rows is at most that, and the number of steps differs a
+    little from epoch to epoch.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class StepSampler(Sampler):
 
     def __iter__(self) -> Iterator[list[list[int]]]:
         for step in self._steps(self.epoch)[self.first_step :]:
-            yield [micro[self.rank :: self.world_size].tolist() or [-1 - int(micro[0])] for micro in step]
+            yield [micro[self.rank :: self.world_size].tolist() for micro in step]
 
     def _steps(self, epoch: int) -> list[list[np.ndarray]]:
         """Row numbers of the micro-batches of each step, all ranks together."""
@@ -94,7 +94,11 @@ class StepSampler(Sampler):
 
 
 class StepDataset(Dataset):
-    """Lets a DataLoader fetch whole steps: an index is a step's list of micro-batches."""
+    """Lets a DataLoader fetch whole steps: an index is a step's list of micro-batches.
+
+    A row without a supervised token is left out and listed in the batch's `skipped`, and so is one that is
+    not usable unless `skip_bad` is off.
+    """
 
     def __init__(
         self,
@@ -102,8 +106,9 @@ class StepDataset(Dataset):
         pad_token_id: int,
         pack_length: int | None = None,
         length_multiple: int = 1,
+        skip_bad: bool = False,
     ):
-        self.samples = samples
+        self.samples, self.skip_bad = samples, skip_bad
         self.layout = pad_token_id, pack_length, length_multiple
 
     def __getitem__(self, step: list[list[int]]) -> list[dict] | DataError:
@@ -114,15 +119,19 @@ class StepDataset(Dataset):
             return error
 
     def _micro_batch(self, rows: list[int]) -> dict:
-        samples = self.samples.__getitems__([row if row >= 0 else -1 - row for row in rows])
-        skipped = sum(not sample.supervised for sample in samples)
-        useful = [sample for sample in samples if sample.supervised]
-        if rows[0] < 0 or not useful:  # keep the ranks in step with a row that counts for nothing
-            silent = replace(samples[0], labels=[IGNORE_INDEX] * len(samples[0].labels))
-            batch = collate([silent], *self.layout)
-            return batch | {"rows": 0, "skipped_rows": skipped if rows[0] >= 0 else 0}
-        batch = collate(useful, *self.layout)
-        return batch | {"rows": len(useful), "skipped_rows": skipped}
+        useful, skipped = [], []
+        for sample in self.samples.samples_or_errors(rows):
+            if isinstance(sample, DataError):
+                if not self.skip_bad:
+                    raise sample
+                skipped.append(str(sample))
+            elif sample.supervised:
+                useful.append(sample)
+            else:
+                limit = self.samples.max_length
+                skipped.append(f"{sample.where}: no supervised token within {limit} tokens")
+        batch = collate(useful or [SILENT], *self.layout)
+        return batch | {"rows": len(useful), "skipped": skipped, "where": [sample.where for sample in useful]}
 
 
 def collate(

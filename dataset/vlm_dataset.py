@@ -23,14 +23,15 @@ TOKENS_AROUND_A_TURN = 6  # two control tokens, the role and the newlines
 
 @dataclass
 class Sample:
-    """One row, ready for a batch. A row with `images`, their paths, has either `pixel_values` (N, 3, H, W)
-    or, from a feature cache, `image_features` (N, P, W)."""
+    """The row `where`, ready for a batch. A row with `images`, their paths, has either `pixel_values`
+    (N, 3, H, W) or, from a feature cache, `image_features` (N, P, W)."""
 
     input_ids: list[int]
     labels: list[int]
     pixel_values: torch.Tensor | None = None
     image_features: torch.Tensor | None = None
     images: list[str] = field(default_factory=list)
+    where: str = ""
 
     @property
     def supervised(self) -> bool:
@@ -85,12 +86,18 @@ class VLMDataset(Dataset):
         return np.minimum(text + images * self.processor.tokens_per_image, self.max_length)
 
     def __getitem__(self, index: int) -> Sample:
-        return self.__getitems__([index])[0]
+        return self._sample(self.rows[index], {})
 
-    def __getitems__(self, indices: list[int]) -> list[Sample]:
-        """The samples of a micro-batch; a picture that several of them show is read once."""
+    def samples_or_errors(self, indices: list[int]) -> list[Sample | DataError]:
+        """Of a micro-batch; a picture that several rows show is read once."""
         pictures: dict[str, torch.Tensor] = {}
-        return [self._sample(self.rows[index], pictures) for index in indices]
+        found: list[Sample | DataError] = []
+        for index in indices:
+            try:
+                found.append(self._sample(self.rows[index], pictures))
+            except DataError as error:
+                found.append(error)
+        return found
 
     def _sample(self, row: dict, pictures: dict[str, torch.Tensor]) -> Sample:
         try:
@@ -100,15 +107,17 @@ class VLMDataset(Dataset):
         images = row["images"]
         input_ids, labels, kept = cut(input_ids, labels, self.max_length, len(images), self._placeholder)
         paths = [resolve_image(image, self.images_root) for image in images[:kept]]
+        sample = Sample(input_ids, labels, images=paths, where=row["where"])
         if not paths:
-            return Sample(input_ids, labels)
+            return sample
         if self.features is not None:
-            features = torch.stack([self.features[path] for path in paths])
-            return Sample(input_ids, labels, image_features=features, images=paths)
+            sample.image_features = torch.stack([self.features[path] for path in paths])
+            return sample
         for path in paths:
             if path not in pictures:
                 (pictures[path],) = self.processor.pixel_values([open_image(path, row["where"])])
-        return Sample(input_ids, labels, torch.stack([pictures[path] for path in paths]), images=paths)
+        sample.pixel_values = torch.stack([pictures[path] for path in paths])
+        return sample
 
     def _encode(self, row: dict) -> tuple[list[int], list[int]]:
         if not row["roles"]:

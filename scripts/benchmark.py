@@ -256,7 +256,7 @@ class Bench:
         self.model.load_state_dict(self.initial, strict=False)  # every mode and repeat starts from the same
         self.flags.max_steps = max_steps
         steps = Steps()
-        train(self.model, samples, None, self.flags, self.run, steps, save=lambda step: None)
+        train(self.model, samples, None, self.flags, self.run, steps, NoCheckpoints())
         return steps
 
     def samples(self, repeat: int) -> VLMDataset:
@@ -290,14 +290,30 @@ class Bench:
         return {"samples_per_second": len(questions) / seconds, "tokens_per_second": tokens / seconds}
 
 
+class NoCheckpoints:
+    """Stands where the loop saves: what is timed is training."""
+
+    def take_error(self) -> None:
+        pass
+
+    def save(self, *_: Any) -> None:
+        pass
+
+    def wait(self) -> None:
+        pass
+
+
 class Steps(list):
     """Stands where the loop expects its metrics, and keeps what each step reports."""
 
-    def step(self, **sums: Any) -> None:
+    def step(self, _: int, **sums: Any) -> None:
         self.append(sums)
 
     def report(self, *_: Any) -> None:
         pass
+
+    def state(self) -> dict:
+        return {}
 
     def paused(self) -> nullcontext:
         return nullcontext()

@@ -18,7 +18,7 @@ made_by() { sed 1d "$out/done/$1" 2>/dev/null || true; }
 mark() { printf '%s\n%s\n' "$2" "$3" >"$out/done/$1"; } # mark NAME SECONDS MADE_BY
 
 # stage NAME OUTPUT COMMAND...: skipped where OUTPUT is there and the same command, code, encoder and data made it,
-# unless a stage before it was not skipped.
+# unless a stage before it was not skipped. A training that was stopped goes on, unless any of these has changed.
 redo=
 stage() {
     local name=$1 output=$2 start=$SECONDS
@@ -29,6 +29,10 @@ stage() {
     fi
     redo=yes
     rm -f "$out/done/$name"
+    if [ "$(cat "$out/done/$name.begun" 2>/dev/null)" != "$state $*" ]; then
+        rm -rf "$out/runs/$(basename "${output%.*}")"
+        printf '%s\n' "$state $*" >"$out/done/$name.begun"
+    fi
     step "$name" .venv/bin/python "$@"
     mark "$name" "$((SECONDS - start))" "$state $*"
 }

@@ -13,6 +13,7 @@ from trainer.checkpoint import (
     config_from_shapes,
     describe,
     describe_published_weights,
+    half_state,
     load_weights_file,
     save_weights,
     weight_name,
@@ -31,7 +32,7 @@ def saved(tmp_path, tokenizer):
     model, _ = build_vlm(SIZES, str(TINY_ENCODER), tokenizer)
     path = tmp_path / "sft_vlm_64.pth"
     arguments = {"vision_model_path": str(TINY_ENCODER)}
-    save_weights(path, model, describe(model, tokenizer, "sft_vlm", 7, arguments))
+    save_weights(path, half_state(model.state_dict()), describe(model, tokenizer, "sft_vlm", 7, arguments))
     return model, path
 
 
@@ -53,7 +54,7 @@ def test_file_is_fp16_without_encoder(saved):
 def test_equal_weights_are_equal_bytes_under_any_name(saved, tokenizer):
     model, path = saved
     other = path.with_name("other_name.pth")
-    save_weights(other, model, {})
+    save_weights(other, half_state(model.state_dict()), {})
     assert other.read_bytes() == path.read_bytes()
 
 

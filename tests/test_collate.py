@@ -26,10 +26,7 @@ def rows_of_steps(
         ranks.append(list(sampler))
         assert len(ranks[-1]) == len(sampler)
     assert all(len(set(map(len, step))) == 1 for step in zip(*ranks, strict=True)), "ranks out of step"
-    return [
-        {row for rank in step for micro in rank for row in micro if row >= 0}
-        for step in zip(*ranks, strict=True)
-    ]
+    return [{row for rank in step for micro in rank for row in micro} for step in zip(*ranks, strict=True)]
 
 
 @pytest.mark.parametrize(
@@ -73,11 +70,10 @@ def test_a_token_budget_fills_micro_batches(budget, world):
     ranks = [list(sampler) for sampler in samplers]
     assert len(set(map(len, ranks))) == 1
     assert all(len(set(map(len, step))) == 1 for step in zip(*ranks, strict=True))
-    rows = [row for rank in ranks for step in rank for micro in step for row in micro if row >= 0]
+    rows = [row for rank in ranks for step in rank for micro in step for row in micro]
     assert sorted(rows) == list(range(len(LENGTHS)))
     padded = [
-        [LENGTHS[micro].max() * len(micro) for step in rank for micro in step if micro[0] >= 0]
-        for rank in ranks
+        [LENGTHS[micro].max() * len(micro) for step in rank for micro in step if micro] for rank in ranks
     ]
     assert max(map(max, padded)) <= budget
     assert np.mean(np.concatenate(padded)) > (0.65 if budget == 500 else 0.85) * budget
@@ -101,13 +97,13 @@ def test_padding_is_below_five_percent(name, budget, world):
     padded = 0
     for rank in range(world):
         for step in StepSampler(lengths, batch_size, 1, rank, world, tokens_per_batch=budget):
-            padded += sum(lengths[micro].max() * len(micro) for micro in step if micro[0] >= 0)
+            padded += sum(lengths[micro].max() * len(micro) for micro in step if micro)
     assert 0 <= 1 - lengths.sum() / padded < 0.05
 
 
-def test_a_rank_without_a_row_gets_one_without_weight():
+def test_a_rank_without_a_row_gets_an_empty_micro_batch():
     samplers = [StepSampler(np.ones(5), 2, 1, rank, 2, shuffle=False) for rank in range(2)]
-    assert [list(sampler)[-1] for sampler in samplers] == [[[4]], [[-5]]]
+    assert [list(sampler)[-1] for sampler in samplers] == [[[4]], [[]]]
 
 
 def test_batches_are_padded_to_their_longest_row(data, processor):
@@ -129,19 +125,11 @@ def test_rows_with_nothing_to_learn_are_left_out_and_counted(data, processor):
     )
     steps = StepDataset(VLMDataset([data / "mixed.jsonl"], processor, 40), 0)
     (batch,) = steps[[[0, 1]]]
-    assert (batch["rows"], batch["skipped_rows"], len(batch["input_ids"])) == (1, 1, 1)
-    (only_skipped,) = steps[[[0]]]
-    assert (only_skipped["rows"], only_skipped["skipped_rows"], only_skipped["supervised_tokens"]) == (
-        0,
-        1,
-        0,
-    )
-    (without_weight,) = steps[[[-2]]]
-    assert (without_weight["rows"], without_weight["skipped_rows"], without_weight["supervised_tokens"]) == (
-        0,
-        0,
-        0,
-    )
+    assert (batch["rows"], len(batch["input_ids"]), batch["where"]) == (1, 1, ["mixed.jsonl:2"])
+    assert batch["skipped"] == ["mixed.jsonl:1: no supervised token within 40 tokens"]
+    for rows, skipped in (([0], 1), ([], 0)):
+        (silent,) = steps[[rows]]
+        assert (silent["rows"], len(silent["skipped"]), silent["supervised_tokens"]) == (0, skipped, 0)
 
 
 def test_a_bad_row_is_returned_not_raised(data, processor):

@@ -362,6 +362,19 @@ def test_quickstart_redoes_a_stage_with_other_flags_and_what_follows(finished: C
     assert started(finished.quickstart()) == ["data", *STAGES[STAGES.index("sft") :], "report"]
 
 
+def test_quickstart_lets_a_stopped_training_go_on_unless_its_flags_change(fresh: Copy):
+    state = fresh.path("out/demo/runs/sft_vlm_128/checkpoints/step-1/state.pt")
+    fresh.interrupt("scripts/quickstart.sh", HANG="train_sft")
+    state.parent.mkdir(parents=True)
+    state.write_bytes(b"state")
+    fresh.interrupt("scripts/quickstart.sh", HANG="train_sft")
+    assert state.exists()
+    script = fresh.path("scripts/quickstart.sh").read_text(encoding="utf-8")
+    fresh.write("scripts/quickstart.sh", script.replace("train_sft_vlm.py ", "train_sft_vlm.py --seed 1 "))
+    fresh.quickstart()
+    assert not state.exists()
+
+
 def test_tests_command_lints_and_passes_its_arguments_on(fresh: Copy):
     result = fresh.run("scripts/test.sh", "-k", "two words")
 
@@ -369,7 +382,7 @@ def test_tests_command_lints_and_passes_its_arguments_on(fresh: Copy):
     assert fresh.log[-3:] == [
         ["ruff", "check", "."],
         ["ruff", "format", "--check", "."],
-        ["python", "-m", "pytest", "-k", "two words"],
+        ["python", "-m", "pytest", "-n", "2", "-k", "two words"],
     ]
 
 

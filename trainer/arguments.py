@@ -10,14 +10,16 @@ from typing import Any
 
 TRAINABLE = ("proj", "proj_last", "proj_attn", "proj_llm")
 CACHE_DTYPES = ("float16", "int8")
+ON_BAD_SAMPLE = ("skip", "error")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+TRACKERS = ("tensorboard", "wandb", "swanlab", "trackio", "none")
 POSITIVE = (
     "epochs batch_size learning_rate accumulation_steps log_interval save_interval eval_interval "
     "hidden_size num_hidden_layers num_attention_heads num_key_value_heads max_seq_len max_steps "
-    "tokens_per_batch"
+    "tokens_per_batch keep_checkpoints timeout_seconds loss_spike"
 ).split()
 MAX_POSITIONS = 32768  # of MiniMindConfig
-NOT_NEGATIVE = ("num_workers", "warmup_iters", "grad_clip", "seed")
+NOT_NEGATIVE = ("num_workers", "warmup_iters", "grad_clip", "seed", "max_bad_steps")
 
 
 def flag(default: Any, help_text: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -79,11 +81,35 @@ class TrainingFlags:
     )
     seed: int = flag(1337, "seed of initial weights, order and dropout")
     log_interval: int = flag(100, "optimizer steps between two lines of metrics.jsonl")
-    save_interval: int = flag(1000, "optimizer steps between two saves of the weights")
+    save_interval: int = flag(1000, "optimizer steps between two saves of weights and training state")
+    keep_checkpoints: int = flag(2, "how many of the newest training states stay on the disk")
+    resume: str = flag(
+        "auto",
+        "auto: go on with an unfinished run of the same flags; never: start over; or a checkpoint's folder",
+    )
+    resume_override: bool = flag(
+        False, "go on even though flags that decide what is learnt have changed since the checkpoint"
+    )
     eval_data_path: list[str] = flag([], "rows to measure the loss on while training")
     eval_interval: int = flag(1000, "optimizer steps between two measurements on --eval_data_path")
-    use_wandb: bool = flag(False, "send the metrics to Weights & Biases as well (needs the package wandb)")
-    wandb_project: str = flag("MiniMind-V", "project name there")
+    on_bad_sample: str = flag(
+        "skip",
+        "a row that turns out not to be usable while training, such as a broken picture, is skipped, counted "
+        "and listed, or ends the run",
+        ON_BAD_SAMPLE,
+    )
+    max_bad_steps: int = flag(
+        10, "how many steps in a row may be skipped for a loss or gradient that is not finite"
+    )
+    loss_spike: float | None = optional_flag(
+        "skip a step whose loss is above this many times the running mean of the loss"
+    )
+    timeout_seconds: float = flag(1800.0, "how long a rank waits for the others before it gives up")
+    tracker: str | None = flag(
+        None, "where to send the metrics as well, by the package of that name; if not given: none", TRACKERS
+    )
+    use_wandb: bool = flag(False, "old name of --tracker wandb")
+    wandb_project: str = flag("MiniMind-V", "project name for the tracker, whichever it is")
 
     def __post_init__(self) -> None:
         for name in POSITIVE:
@@ -107,6 +133,10 @@ class TrainingFlags:
             )
         if not self.data_path:
             raise ValueError("--data_path is needed: the rows to train on")
+        if self.tracker is None:
+            self.tracker = "wandb" if self.use_wandb else "none"
+        if self.use_wandb and self.tracker != "wandb":
+            raise ValueError(f"--use_wandb is --tracker wandb, but --tracker {self.tracker} is given")
 
     def model_config(self) -> dict[str, Any]:
         """The flags that are fields of the model's config."""

@@ -26,26 +26,31 @@ def weight_name(stage: str, hidden_size: int, use_moe: bool) -> str:
     return f"{stage}_{hidden_size}{'_moe' if use_moe else ''}.pth"
 
 
-def save_weights(path: Path, model: torch.nn.Module, sidecar: Sidecar) -> None:
-    """Writes `path` and its sidecar; each file is whole or as it was before. UserError if that fails."""
-    state = half_state(model)
+def save_weights(path: Path, state: dict[str, torch.Tensor], sidecar: Sidecar) -> None:
+    """Writes a `half_state` to `path`, and its sidecar; each file is whole or as it was before. UserError if
+    that fails."""
     # torch.save stores the stem of a path inside the archive; an open handle keeps equal weights equal in
     # bytes.
     write_file(path, lambda file: torch.save(state, file))
-    text = json.dumps(sidecar, indent=2, ensure_ascii=False) + "\n"
-    write_file(path.with_suffix(".json"), lambda file: file.write(text.encode()))
+    write_json(path.with_suffix(".json"), sidecar)
 
 
-def half_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The model's state dict in fp16 on the CPU, without the encoder; tied tensors stay one tensor."""
+def half_state(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A model's state dict in fp16 on the CPU, without the encoder; tied tensors stay one tensor."""
     copies: dict[int, torch.Tensor] = {}
     state = {}
-    for key, tensor in model.state_dict().items():
+    for key, tensor in state_dict.items():
         if not key.startswith("vision_encoder."):
             state[key] = copies.setdefault(
                 tensor.data_ptr(), tensor.detach().to("cpu", torch.float16, copy=True)
             )
     return state
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes a JSON file whole or not at all; UserError if that fails."""
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    write_file(path, lambda file: file.write(text.encode()))
 
 
 def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
@@ -164,5 +169,5 @@ def describe_published_weights(path: Path, tokenizer_dir: Path, stage: str) -> P
         "encoder": None,
     }
     target = path.with_suffix(".json")
-    write_file(target, lambda file: file.write((json.dumps(sidecar, indent=2) + "\n").encode()))
+    write_json(target, sidecar)
     return target

@@ -18,6 +18,8 @@ import torch.distributed as dist
 from trainer.cli import UserError
 
 STOP_SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
+SAVE_SIGNAL = signal.SIGUSR1  # what schedulers send some time before they end a job
+SETUP_TIMEOUT = timedelta(hours=2)  # the main process may read and tokenize a large file while others wait
 # If DDP is the last to let go of a group, it joins the group's threads while it holds the interpreter's lock,
 # which they need to end: a deadlock.
 _kept_groups: list = []
@@ -25,12 +27,15 @@ _kept_groups: list = []
 
 @dataclass
 class Runtime:
-    """Where this process runs. `stop_code` is the exit code to end with once a signal has come, else 0."""
+    """Where this process runs. `stop_code` is the exit code to end with once a signal has come, else 0;
+    `save_asked` whether one has come that asks for a save."""
 
     device: torch.device
     rank: int = 0
     world_size: int = 1
     stop_code: int = field(default=0, init=False)
+    save_asked: bool = field(default=False, init=False)
+    group: dist.ProcessGroup | None = field(default=None, init=False)
 
     @property
     def is_main(self) -> bool:
@@ -41,8 +46,23 @@ class Runtime:
         if self.world_size == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=self.group)
         return total.tolist()
+
+    def gather(self, values: torch.Tensor) -> torch.Tensor:
+        """(n,) of each rank -> (R, n), on the CPU."""
+        if self.world_size == 1:
+            return values[None].cpu()
+        values = values.to(self.device)
+        parts = [torch.empty_like(values) for _ in range(self.world_size)]
+        dist.all_gather(parts, values, group=self.group)
+        return torch.stack(parts).cpu()
+
+    def limit_waiting(self, seconds: float) -> None:
+        """From now on a rank that has waited that long for another gives up."""
+        if self.world_size > 1:
+            self.group = dist.new_group(timeout=timedelta(seconds=seconds))
+            _kept_groups.append(self.group)
 
     @contextlib.contextmanager
     def main_first(self):
@@ -70,15 +90,19 @@ class Runtime:
             raise UserError("")  # the rank that failed says why
 
     def catch_signals(self) -> None:
-        """The first SIGINT or SIGTERM is noted, so that the step ends and weights are saved; a second one
-        kills."""
+        """The first SIGINT or SIGTERM is noted, so that the step ends and the state is saved; a second one
+        kills. SIGUSR1 is noted as the wish for a save."""
 
         def note(signum: int, _frame) -> None:
             self.stop_code = STOP_SIGNALS[signum]
             signal.signal(signum, signal.SIG_DFL)
 
+        def note_save(_signum: int, _frame) -> None:
+            self.save_asked = True
+
         for signum in STOP_SIGNALS:
             signal.signal(signum, note)
+        signal.signal(SAVE_SIGNAL, note_save)
 
 
 @contextlib.contextmanager
@@ -90,10 +114,12 @@ def runtime(device: str | None, seed: int):
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     chosen = _device(device)
     if world_size > 1:
-        # The main process may read and tokenize a large file for long while the others wait.
         dist.init_process_group(
             "nccl" if chosen.type == "cuda" else "gloo",
-            timeout=timedelta(hours=2),
+            store=_store(),
+            rank=rank,
+            world_size=world_size,
+            timeout=SETUP_TIMEOUT,
             device_id=chosen if chosen.type == "cuda" else None,
         )
         _kept_groups.append(dist.group.WORLD)
@@ -105,6 +131,15 @@ def runtime(device: str | None, seed: int):
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _store() -> dist.Store:
+    """Where the ranks find each other. The agent keeps its store when it starts them again: without a name of
+    its own for each start, they would find the addresses of the dead."""
+    store, _, _ = next(dist.rendezvous("env://", timeout=SETUP_TIMEOUT))
+    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":  # several agents count their restarts differently
+        return store
+    return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def _device(name: str | None) -> torch.device:
@@ -138,8 +173,21 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 def ignore_signals(_worker: int) -> None:
     """For data workers: a signal to the process group reaches them too, and only the training process is to
     act on it. They end when it does."""
-    for signum in STOP_SIGNALS:
+    for signum in (*STOP_SIGNALS, SAVE_SIGNAL):
         signal.signal(signum, signal.SIG_IGN)
+
+
+def explained(error: RuntimeError) -> UserError | None:
+    """What the user is told where a process of the run has gone; None for any other error."""
+    text = " ".join(str(error).split())
+    if "DataLoader worker" in text:
+        return UserError(
+            f"a process that prepares batches was killed, probably for lack of memory: try a smaller "
+            f"--num_workers or --batch_size ({text})"
+        )
+    if isinstance(error, dist.DistError) or "gloo" in text:
+        return UserError("lost the other ranks: one has ended, or has not answered within --timeout_seconds")
+    return None
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -7,24 +7,28 @@ of that global batch, plus the auxiliary loss averaged over its rows, however it
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
-from dataset.collate import StepDataset, StepSampler
+from dataset.collate import StepSampler
 from dataset.errors import DataError
 from dataset.vlm_dataset import VLMDataset
+from model.model_vlm import load_weights
 from model.processing_vlm import image_slots
 from trainer.arguments import TrainingFlags
-from trainer.distributed import Runtime, ignore_signals, resolve_dtype
+from trainer.batches import planned_steps, step_loader, step_sampler
+from trainer.cli import UserError, user_errors
+from trainer.distributed import Runtime, resolve_dtype
 from trainer.metrics import Metrics
+from trainer.state import Checkpoints, Progress, cpu_copy, generator_states, set_generator_states
 
 log = logging.getLogger(__name__)
-COMPILED_MULTIPLE = 32  # lengths are rounded up to it, so that few of them have to be compiled for
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "labels")
 MODEL_INPUTS += ("pixel_values", "image_features", "image_counts")
+SPIKE_MEMORY = 0.98  # of the running mean that --loss_spike compares with
 
 
 def train(
@@ -34,64 +38,146 @@ def train(
     flags: TrainingFlags,
     runtime: Runtime,
     metrics: Metrics,
-    save: Callable[[int], None],
+    checkpoints: Checkpoints,
+    resumed: dict[str, Any] | None = None,
 ) -> int:
-    """Trains `model` in place and returns the exit code: 0, or that of the signal which ended the run.
+    """Trains `model` in place, from the state `resumed` if there is one, and returns the exit code: 0, or
+    that of the signal which ended the run.
 
-    `save(step)` is called every `save_interval` steps and at the end, also where a DataError ends it: for a
-    row that is not usable.
+    The state is saved every `save_interval` steps, when a signal asks for it and at the end, also where a
+    DataError (a row that is not usable) or a UserError (too many bad steps) ends it.
     """
     sampler = step_sampler(samples, flags, runtime)
     loader = step_loader(samples, sampler, flags, runtime)
     total_steps = planned_steps(sampler, flags)
-    dtype = resolve_dtype(flags.dtype, runtime.device)
-    autocast = torch.autocast(runtime.device.type, dtype, enabled=dtype != torch.float32)
-    scaler = torch.amp.GradScaler(runtime.device.type, enabled=dtype == torch.float16)
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(learning, lr=flags.learning_rate, fused=True)
-    forward = distribute(model, flags, runtime)
+    learner = Learner(model, flags, runtime)
+    progress = Progress()
+    if resumed is not None:
+        progress = learner.restore(resumed)
+        metrics.restore(resumed["metrics"])
+        resumed = None  # as large as model and optimizer together
+
+    def save(finished: bool = False) -> None:
+        runtime.save_asked = False
+        checkpoints.save(learner.state(progress) | {"metrics": metrics.state()}, finished)
+
     model.train()
-    step = epoch = learnt_tokens = 0
-    while step < total_steps:
-        sampler.set_epoch(epoch)
+    while progress.step < total_steps:
+        sampler.set_epoch(progress.epoch, progress.epoch_step)
+        checkpoints.wait()  # no lock may be held by its thread while worker processes are forked
         for micro_batches in loader:
             try:
-                totals = count(micro_batches, runtime)
-            except DataError:
-                if step:
-                    save(step)  # what was learnt so far is not lost
+                totals = count(checkpoints.take_error() or micro_batches, runtime)
+            except (DataError, UserError):
+                if progress.step:
+                    save()  # what was learnt so far is not lost
                 raise
-            rate = learning_rate(step, total_steps, flags)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            sums = backward(forward, micro_batches, totals, autocast, scaler, runtime)
-            scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(learning, flags.grad_clip or math.inf)
-            if totals["supervised_tokens"]:  # otherwise weight decay alone would change the weights
-                scaler.step(optimizer)
-                scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            step += 1
-            learnt_tokens += totals["supervised_tokens"]
-            metrics.step(**sums)
+            rate = learning_rate(progress.step, total_steps, flags)
+            sums = learner.step(micro_batches, totals, rate, progress)
+            metrics.step(progress.step, **sums)
+            if sums["bad"]:
+                rows = [where for batch in micro_batches for where in batch["where"]]
+                metrics.note_bad_step(progress.step, rows, sums["bad"])
             stop_code = totals["stop_code"]
-            done = step == total_steps or stop_code
-            if done or step % flags.log_interval == 0:
-                metrics.report(step, epoch, rate, float(norm))
+            hopeless = progress.bad_in_a_row > flags.max_bad_steps
+            done = progress.step == total_steps
+            last = done or stop_code or hopeless
+            if done or progress.step % flags.log_interval == 0:  # a stop must not add a line
+                metrics.report(progress, rate, sums["grad_norm"])
             with metrics.paused():
-                if done or step % flags.save_interval == 0:
-                    save(step)
-                if eval_samples is not None and not stop_code and (done or step % flags.eval_interval == 0):
+                if eval_samples is not None and (done or progress.step % flags.eval_interval == 0):
+                    checkpoints.wait()
                     found = evaluate(model, eval_samples, flags, runtime)
-                    metrics.write({"step": step, "epoch": epoch, **found})
+                    metrics.write({"step": progress.step, "epoch": progress.epoch, **found})
+                if last or totals["save"] or progress.step % flags.save_interval == 0:
+                    save(finished=done)
+            if hopeless:
+                raise UserError(
+                    f"{progress.bad_in_a_row} steps in a row were bad, the last for its {sums['bad']}; "
+                    f"--max_bad_steps is {flags.max_bad_steps}. Their rows are in {metrics.bad_batches}, the "
+                    f"weights from before them are saved"
+                    if runtime.is_main
+                    else ""
+                )
             if stop_code:
                 return stop_code
             if done:
                 break
-        if not learnt_tokens:
+        if not progress.learnt_tokens:
             raise DataError(f"no row has a supervised token within --max_seq_len {flags.max_seq_len}")
-        epoch += 1
+        progress.epoch, progress.epoch_step = progress.epoch + 1, 0
     return 0
+
+
+class Learner:
+    """Model, optimizer and scaler of a run: takes steps, and can be saved and restored in between."""
+
+    def __init__(self, model: torch.nn.Module, flags: TrainingFlags, runtime: Runtime):
+        self.model, self.flags, self.runtime = model, flags, runtime
+        dtype = resolve_dtype(flags.dtype, runtime.device)
+        self.autocast = torch.autocast(runtime.device.type, dtype, enabled=dtype != torch.float32)
+        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=dtype == torch.float16)
+        learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.names, self.learning = list(learning), list(learning.values())
+        self.optimizer = torch.optim.AdamW(self.learning, lr=flags.learning_rate, fused=True)
+        self.forward = distribute(model, flags, runtime)
+
+    def step(self, micro_batches: list[dict], totals: dict, rate: float, progress: Progress) -> dict:
+        """One optimizer step, which `progress` then counts; returns what Metrics.step wants of this rank,
+        `grad_norm`, and in `bad` why the step changed nothing, or ""."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        sums = backward(self.forward, micro_batches, totals, self.autocast, self.scaler, self.runtime)
+        self.scaler.unscale_(self.optimizer)
+        clip = self.flags.grad_clip or math.inf
+        norm = float(torch.nn.utils.clip_grad_norm_(self.learning, clip))  # the same on all ranks
+        tokens = totals["supervised_tokens"]
+        (loss,) = self.runtime.sum(float(sums["loss"]) / max(tokens, 1))
+        bad = self._what_is_wrong(loss, norm, progress)
+        if tokens and not bad:  # without tokens, weight decay alone would change the weights
+            self.scaler.step(self.optimizer)
+            progress.learnt_tokens += tokens
+            mean = loss if progress.mean_loss is None else progress.mean_loss
+            progress.mean_loss = SPIKE_MEMORY * mean + (1 - SPIKE_MEMORY) * loss
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        progress.step += 1
+        progress.epoch_step += 1
+        progress.bad_steps += bool(bad)
+        progress.bad_in_a_row = progress.bad_in_a_row + 1 if bad else 0
+        if bad:  # its numbers would spoil the means
+            sums |= {"loss": 0.0, "aux_loss": 0.0, "supervised_tokens": 0}
+        return sums | {"grad_norm": norm, "bad": bad}
+
+    def _what_is_wrong(self, loss: float, norm: float, progress: Progress) -> str:
+        # In fp16 an infinite norm is the scaler's business, which lowers its scale, as long as it can.
+        overflow = self.scaler.is_enabled() and self.scaler.get_scale() > 1
+        if not math.isfinite(loss) or not (math.isfinite(norm) or overflow):
+            return f"loss {loss:.4g}, gradient norm {norm:.4g}"
+        limit = self.flags.loss_spike
+        if limit and progress.mean_loss and loss > limit * progress.mean_loss:
+            return f"loss {loss:.4g} is above {limit:g} times its mean {progress.mean_loss:.4g}"
+        return ""
+
+    def state(self, progress: Progress) -> dict[str, Any]:
+        """Copies on the CPU of everything that `restore` needs; every rank must call it."""
+        weights = {k: v for k, v in self.model.state_dict().items() if not k.startswith("vision_encoder.")}
+        own = {"model": weights, "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        generators = self.runtime.gather(generator_states(self.runtime.device))
+        copies = cpu_copy(own) if self.runtime.is_main else {}
+        return copies | {"learning": self.names, "progress": asdict(progress), "generators": generators}
+
+    def restore(self, state: dict[str, Any]) -> Progress:
+        with user_errors("--resume"):
+            load_weights(self.model, state["model"])
+        if state["learning"] == self.names:
+            self.optimizer.load_state_dict(state["optimizer"])
+        else:
+            log.warning("warning: other weights learn than before: the optimizer starts afresh")
+        self.scaler.load_state_dict(state["scaler"])
+        if self.runtime.rank < len(state["generators"]):
+            set_generator_states(state["generators"][self.runtime.rank], self.runtime.device)
+        return Progress(**state["progress"])
 
 
 def backward(
@@ -101,9 +187,9 @@ def backward(
     autocast: torch.autocast,
     scaler: torch.amp.GradScaler,
     runtime: Runtime,
-) -> dict[str, float | torch.Tensor]:
+) -> dict[str, Any]:
     """Accumulates the step's gradient over `micro_batches`; returns what Metrics.step wants of this rank."""
-    sums = {"loss": 0.0, "aux_loss": 0.0}
+    sums: dict[str, Any] = {"loss": 0.0, "aux_loss": 0.0}
     tokens = max(totals["supervised_tokens"], 1)
     for number, batch in enumerate(micro_batches, start=1):
         inputs = model_inputs(forward, batch, runtime.device)
@@ -118,8 +204,9 @@ def backward(
             scaler.scale(loss * runtime.world_size).backward()
         sums["loss"] += output.loss.detach() * tokens
         sums["aux_loss"] += output.aux_loss.detach() * batch["rows"]
-    counts = ("supervised_tokens", "tokens", "rows", "skipped_rows")
-    return sums | {name: sum(batch[name] for batch in micro_batches) for name in counts}
+    counts = ("supervised_tokens", "tokens", "rows")
+    sums |= {name: sum(batch[name] for batch in micro_batches) for name in counts}
+    return sums | {"skipped": [message for batch in micro_batches for message in batch["skipped"]]}
 
 
 def model_inputs(model: torch.nn.Module, batch: dict, device: torch.device) -> dict[str, torch.Tensor]:
@@ -141,19 +228,23 @@ def untouched(model: torch.nn.Module) -> torch.Tensor | float:
     return sum(0.0 * parameter.sum() for parameter in projection)
 
 
-def count(micro_batches: list[dict] | DataError, runtime: Runtime) -> dict[str, int]:
-    """Totals of the step over all ranks. DataError, on every rank, if one met a row that is not usable."""
-    bad = isinstance(micro_batches, DataError)
+def count(micro_batches: list[dict] | Exception, runtime: Runtime) -> dict[str, int]:
+    """Totals of the step over all ranks, and what signals ask for. Where one rank has an error instead of
+    batches, it is raised there, and a DataError without text on the others."""
+    bad = isinstance(micro_batches, Exception)
     batches = [] if bad else micro_batches
-    own_code = runtime.stop_code  # read once: a signal may come at any moment
+    # Read once: a signal may come at any moment. They may reach ranks at different steps: all ranks act at
+    # the first step that any of them noted one.
+    own_code = runtime.stop_code
     tokens, rows = (sum(batch[name] for batch in batches) for name in ("supervised_tokens", "rows"))
-    tokens, rows, failed, stops = map(int, runtime.sum(tokens, rows, bad, own_code))
+    found = runtime.sum(tokens, rows, bad, runtime.save_asked, own_code == 130, own_code == 143)
+    tokens, rows, failed, saves, interrupts, terminations = map(int, found)
     if bad:
         raise micro_batches
     if failed:
-        raise DataError("")  # the rank that met it says which
-    # Signals may reach ranks at different steps: all stop at the first step that any of them noted one.
-    return {"supervised_tokens": tokens, "rows": rows, "stop_code": (own_code or 130) if stops else 0}
+        raise DataError("")  # the rank that has it tells
+    stop_code = 143 if terminations else 130 if interrupts else 0
+    return {"supervised_tokens": tokens, "rows": rows, "save": saves, "stop_code": own_code or stop_code}
 
 
 @torch.no_grad()
@@ -172,7 +263,7 @@ def evaluate(
         tokens_per_batch=flags.tokens_per_batch,
     )
     dtype = resolve_dtype(flags.dtype, runtime.device)
-    loss, tokens = 0.0, 0
+    loss, tokens, skipped = 0.0, 0, 0
     model.eval()
     for micro_batches in step_loader(samples, sampler, flags, runtime):
         count(micro_batches, runtime)
@@ -181,9 +272,14 @@ def evaluate(
             with torch.autocast(runtime.device.type, dtype, enabled=dtype != torch.float32):
                 loss += float(model(**inputs, num_items_in_batch=1, skip_logits=True).loss)
             tokens += batch["supervised_tokens"]
+            skipped += len(batch["skipped"])
     model.train()
-    loss, tokens = runtime.sum(loss, tokens)
-    return {"eval_loss": loss / max(tokens, 1), "eval_tokens": int(tokens)}
+    loss, tokens, skipped = runtime.sum(loss, tokens, skipped)
+    return {
+        "eval_loss": loss / max(tokens, 1),
+        "eval_tokens": int(tokens),
+        "eval_skipped_rows": int(skipped),
+    }
 
 
 def learning_rate(step: int, total_steps: int, flags: TrainingFlags) -> float:
@@ -192,48 +288,6 @@ def learning_rate(step: int, total_steps: int, flags: TrainingFlags) -> float:
         return flags.learning_rate * (step + 1) / flags.warmup_iters
     progress = (step - flags.warmup_iters) / max(total_steps - flags.warmup_iters, 1)
     return flags.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
-
-
-def planned_steps(sampler: StepSampler, flags: TrainingFlags) -> int:
-    """Optimizer steps of the whole run: those of all epochs, or --max_steps if that is less."""
-    steps = 0
-    for epoch in range(flags.epochs):
-        steps += sampler.steps_of_epoch(epoch)
-        if flags.max_steps and steps >= flags.max_steps:
-            return flags.max_steps
-    return steps
-
-
-def step_sampler(samples: VLMDataset, flags: TrainingFlags, runtime: Runtime) -> StepSampler:
-    return StepSampler(
-        samples.lengths(),
-        flags.batch_size,
-        flags.accumulation_steps,
-        runtime.rank,
-        runtime.world_size,
-        flags.seed,
-        tokens_per_batch=flags.tokens_per_batch,
-    )
-
-
-def step_loader(
-    samples: VLMDataset, sampler: StepSampler, flags: TrainingFlags, runtime: Runtime
-) -> Iterator:
-    """Fetches whole steps: each item is a step's list of micro-batches, or the DataError that it met."""
-    return DataLoader(
-        StepDataset(
-            samples,
-            samples.processor.tokenizer.pad_token_id,
-            flags.max_seq_len if flags.pack else None,
-            COMPILED_MULTIPLE if flags.compile else 1,
-        ),
-        batch_size=None,
-        sampler=sampler,
-        num_workers=flags.num_workers,
-        worker_init_fn=ignore_signals,
-        pin_memory=runtime.device.type == "cuda",
-        generator=torch.Generator().manual_seed(flags.seed),  # so that a run's own generator is left alone
-    )
 
 
 def distribute(model: torch.nn.Module, flags: TrainingFlags, runtime: Runtime) -> torch.nn.Module:
@@ -247,4 +301,6 @@ def distribute(model: torch.nn.Module, flags: TrainingFlags, runtime: Runtime) -
         return model
     ids = [runtime.device.index] if runtime.device.type == "cuda" else None
     # The encoder's and RoPE's buffers never change: nothing to broadcast.
-    return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+    return DistributedDataParallel(
+        model, device_ids=ids, broadcast_buffers=False, process_group=runtime.group
+    )

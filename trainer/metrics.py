@@ -1,7 +1,11 @@
-"""What a run reports: the progress bar, `metrics.jsonl` and the tracker; only the main process writes."""
+"""What a run reports: the progress bar, `metrics.jsonl`, the tracker, and lists of rows that made trouble.
+
+Only the main process writes; each rank appends to the lists what it met itself.
+"""
 
 import contextlib
 import json
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -12,8 +16,13 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from trainer.cli import UserError, user_errors
+from dataset.files import write_atomically
+from trainer.cli import user_errors
 from trainer.distributed import Runtime, peak_memory_bytes
+from trainer.state import Progress
+from trainer.trackers import Tracker
+
+log = logging.getLogger(__name__)
 
 SUMMED = ("loss", "aux_loss", "supervised_tokens", "tokens", "rows", "skipped_rows")
 
@@ -23,42 +32,95 @@ class Metrics:
 
     A line of `metrics.jsonl` covers the steps since the line before: `loss` is the mean over their supervised
     tokens, `aux_loss` over their rows; rates are per second of all ranks together; `seconds` counts from the
-    first step; `peak_memory_bytes` is the main process's.
+    first step, without the time between a stop and its resumption; `peak_memory_bytes` is the main process's.
+    A run resumed from `resumed_step` goes on with the files as they were at that step.
     """
 
     def __init__(
-        self, run_dir: Path, total_steps: int, runtime: Runtime, description: str, tracker: Any = None
+        self,
+        run_dir: Path,
+        total_steps: int,
+        runtime: Runtime,
+        description: str,
+        tracker: Tracker | None = None,
+        resumed_step: int = 0,
     ):
-        self.runtime, self.tracker = runtime, tracker
+        self.run_dir, self.runtime, self.tracker = run_dir, runtime, tracker
+        self.bad_samples, self.bad_batches = run_dir / "bad_samples.jsonl", run_dir / "bad_batches.jsonl"
         self.file = None
-        if runtime.is_main:
-            with user_errors(f"--out_dir: cannot write {run_dir}"):
-                run_dir.mkdir(parents=True, exist_ok=True)
-                self.file = (run_dir / "metrics.jsonl").open("w", encoding="utf-8")
+        with runtime.together(), user_errors(f"--out_dir: cannot write {run_dir}"):
+            run_dir.mkdir(parents=True, exist_ok=True)
+            if runtime.is_main:
+                for path in (run_dir / "metrics.jsonl", self.bad_samples, self.bad_batches):
+                    keep_steps(path, resumed_step)
+                self.file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
         self.bar = tqdm(
-            total=total_steps, desc=description, unit="step", disable=not runtime.is_main, mininterval=0.5
+            total=total_steps,
+            initial=resumed_step,
+            desc=description,
+            unit="step",
+            disable=not runtime.is_main,
+            mininterval=0.5,
         )
         self.redirect = logging_redirect_tqdm()
         self.redirect.__enter__()
         self.start = self.interval_start = time.perf_counter()
         self.sums = dict.fromkeys(SUMMED, 0.0)
-        self.skipped_rows = 0
+        self.totals = dict.fromkeys(SUMMED, 0.0)  # of the whole run and all ranks, up to the last line
+        self.last: dict[str, Any] = {}
+        self.paused_at: float | None = None
+        lines = self.bad_samples.read_text(encoding="utf-8").splitlines() if self.bad_samples.exists() else []
+        self.listed = {json.loads(line)["error"] for line in lines}
 
-    def step(self, **sums: float | torch.Tensor) -> None:
+    def state(self) -> dict[str, Any]:
+        """What `restore` needs to go on with the next line; every rank must call it."""
+        now = self.paused_at or time.perf_counter()
+        sums = torch.tensor([float(self.sums[name]) for name in SUMMED], dtype=torch.float64)
+        return {
+            "sums": self.runtime.gather(sums),  # (R, numbers)
+            "totals": self.totals,
+            "last": self.last,
+            "seconds": now - self.start,
+            "interval_seconds": now - self.interval_start,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        sums = state["sums"]
+        rank, ranks = self.runtime.rank, self.runtime.world_size
+        if len(sums) == ranks:
+            self.sums = dict(zip(SUMMED, sums[rank].tolist(), strict=True))
+        elif self.runtime.is_main:
+            self.sums = dict(zip(SUMMED, sums.sum(0).tolist(), strict=True))
+        self.totals, self.last = state["totals"], state["last"]
+        now = time.perf_counter()
+        self.start, self.interval_start = now - state["seconds"], now - state["interval_seconds"]
+
+    def step(self, step: int, skipped: list[str], **sums: Any) -> None:
         """Adds this rank's part of a step: `loss` summed over supervised tokens, `aux_loss` over rows,
-        counts."""
+        counts, and the rows that were `skipped`, which are listed."""
         for name in SUMMED:
-            self.sums[name] += sums[name]
+            self.sums[name] += len(skipped) if name == "skipped_rows" else sums[name]
+        for message in skipped:
+            if message not in self.listed:  # once, whatever the number of epochs
+                self.listed.add(message)
+                append_line(self.bad_samples, {"step": step, "error": message})
         self.bar.update()
 
-    def report(self, step: int, epoch: int, learning_rate: float, grad_norm: float) -> None:
+    def note_bad_step(self, step: int, rows: list[str], reason: str) -> None:
+        """Lists this rank's rows of a step that changed nothing."""
+        append_line(
+            self.bad_batches, {"step": step, "rank": self.runtime.rank, "reason": reason, "rows": rows}
+        )
+        log.warning("warning: step %d is skipped: %s", step, reason)
+
+    def report(self, progress: Progress, learning_rate: float, grad_norm: float) -> None:
         """Writes a line; every rank must call it at the same step."""
         now = time.perf_counter()
         seconds = now - self.interval_start
         sums = dict(zip(SUMMED, self.runtime.sum(*map(float, self.sums.values())), strict=True))
         record = {
-            "step": step,
-            "epoch": epoch,
+            "step": progress.step,
+            "epoch": progress.epoch,
             "loss": sums["loss"] / max(sums["supervised_tokens"], 1),
             "aux_loss": sums["aux_loss"] / max(sums["rows"], 1),
             "learning_rate": learning_rate,
@@ -67,10 +129,11 @@ class Metrics:
             "tokens_per_second": sums["tokens"] / seconds,
             "supervised_tokens": int(sums["supervised_tokens"]),
             "skipped_rows": int(sums["skipped_rows"]),
+            "bad_steps": progress.bad_steps,
             "seconds": now - self.start,
             "peak_memory_bytes": peak_memory_bytes(self.runtime.device),
         }
-        self.skipped_rows += record["skipped_rows"]
+        self.totals = {name: self.totals[name] + sums[name] for name in SUMMED}
         self.write(record)
         self.bar.set_postfix_str(
             f"loss {record['loss']:.3f}, lr {learning_rate:.2e}, {record['samples_per_second']:.1f} samples/s"
@@ -81,19 +144,30 @@ class Metrics:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """What happens inside (evaluation, saving) does not count in the rates."""
-        start = time.perf_counter()
+        self.paused_at = time.perf_counter()
         yield
-        self.interval_start += time.perf_counter() - start
+        self.interval_start += time.perf_counter() - self.paused_at
+        self.paused_at = None
 
     def write(self, record: dict[str, Any]) -> None:
         """Appends a line and sends it to the tracker."""
         record = {k: v if math.isfinite(v) else None for k, v in record.items()}  # JSON has no infinity
+        self.last |= record
         if self.file:
             with user_errors(f"cannot write {self.file.name}"):
                 self.file.write(json.dumps(record) + "\n")
                 self.file.flush()
         if self.tracker:
             self.tracker.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
+
+    def summary(self) -> dict[str, Any]:
+        """The run in a few numbers: the last value of each figure, and totals."""
+        names = ("step", "epoch", "loss", "aux_loss", "eval_loss", "learning_rate", "bad_steps", "seconds")
+        counts = ("rows", "tokens", "supervised_tokens", "skipped_rows")
+        figures = {name: self.last[name] for name in (*names, "peak_memory_bytes") if name in self.last}
+        totals = {name: int(self.totals[name]) for name in counts}
+        rate = totals["rows"] / max(figures.get("seconds", 0.0), 1e-9)
+        return figures | totals | {"samples_per_second": rate}
 
     def close(self) -> None:
         self.bar.close()
@@ -105,14 +179,18 @@ class Metrics:
             self.tracker.finish()
 
 
-def open_tracker(
-    use_wandb: bool, project: str, name: str, arguments: dict[str, Any], runtime: Runtime
-) -> Any:
-    """A Weights & Biases run on the main process, or None. UserError if the package is missing."""
-    if not use_wandb or not runtime.is_main:
-        return None
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("--use_wandb needs the package wandb: pip install wandb") from None
-    return wandb.init(project=project, name=name, config=arguments)
+def keep_steps(path: Path, last: int) -> None:
+    """Drops the lines of a JSONL file that are of steps after `last`, and half a line at its end."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):
+            if json.loads(line)["step"] <= last:
+                kept.append(line + "\n")
+    write_atomically(path, lambda file: file.write("".join(kept).encode()))
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    with user_errors(f"cannot write {path}"), path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record, ensure_ascii=False) + "\n")

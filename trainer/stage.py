@@ -1,90 +1,151 @@
 """One training stage from flags to files: what the stage scripts share around the loop."""
 
+import contextlib
 import dataclasses
 import logging
+import os
+import secrets
 from pathlib import Path
 
 import torch
 
 from dataset.feature_cache import encode_missing, open_feature_cache
 from dataset.vlm_dataset import VLMDataset
+from model.model_minimind import MiniMindForCausalLM
 from model.processing_vlm import MiniMindVLMProcessor
 from trainer.arguments import TrainingFlags, VLMTrainingFlags
-from trainer.checkpoint import describe, save_weights, weight_name
+from trainer.batches import planned_steps, step_sampler
+from trainer.checkpoint import describe, half_state, save_weights, weight_name, write_json
 from trainer.cli import UserError, user_errors
-from trainer.distributed import Runtime, runtime
-from trainer.loop import planned_steps, step_sampler, train
-from trainer.metrics import Metrics, open_tracker
+from trainer.distributed import Runtime, explained, runtime
+from trainer.loop import train
+from trainer.metrics import Metrics
 from trainer.setup import build_lm, build_vlm, find_base, load_base, set_trainable
+from trainer.state import Checkpoint, Checkpoints, check_settings, read_checkpoint, settings_of
 from trainer.tokenizer import load_tokenizer
+from trainer.trackers import open_tracker
 
 log = logging.getLogger(__name__)
 
 
 def run_stage(flags: TrainingFlags, stage: str, bases: tuple[str, ...]) -> int:
-    """Runs `stage` ("lm", "pretrain_vlm" or "sft_vlm"), which starts from what one of `bases` wrote.
+    """Runs `stage` ("lm", "pretrain_vlm" or "sft_vlm"), which starts from what one of `bases` wrote, or from
+    its own checkpoint.
 
-    Writes `{out_dir}/{stage}_{hidden}.pth` and its sidecar, metrics in `{out_dir}/runs/`; returns the exit
-    code.
+    Writes `{out_dir}/{stage}_{hidden}.pth` and its sidecar, everything else of the run to `{out_dir}/runs/`;
+    returns the exit code.
     """
     out_dir = Path(flags.out_dir)
-    name = weight_name(stage, flags.hidden_size, flags.use_moe)
+    path = out_dir / weight_name(stage, flags.hidden_size, flags.use_moe)
+    run_dir = out_dir / "runs" / path.stem
     with user_errors(f"--out_dir {flags.out_dir}: cannot be written"):
         out_dir.mkdir(parents=True, exist_ok=True)
     with runtime(flags.device, flags.seed) as run:
         if not run.is_main:
             logging.disable(logging.WARNING)
-        base = find_base(flags.from_weight, out_dir, bases, flags)
-        tokenizer = load_tokenizer(flags.tokenizer_path)
-        if isinstance(flags, VLMTrainingFlags):
-            model, processor = build_vlm(flags.model_config(), flags.vision_model_path, tokenizer)
-        else:
-            model, processor = build_lm(flags.model_config(), tokenizer)
-        if base is not None:
-            asked = flags.tokenizer_path != default(flags, "tokenizer_path")
-            load_base(model, base, tokenizer, asked)
+        checkpoint = find_checkpoint(flags.resume, run_dir / "checkpoints", run)
+        base = None if checkpoint else find_base(flags.from_weight, out_dir, bases, flags)
+        model, processor = build_model(flags, base)
         model.to(run.device)
-        if isinstance(flags, VLMTrainingFlags):
-            set_trainable(model, flags.trainable)
-        if flags.activation_checkpointing:
-            model.activation_checkpointing_enable()
-            model.disable_input_require_grads()  # only re-entrant checkpoints need them; frozen layers do not
         samples = open_samples(flags.data_path, model, processor, flags, run)
         eval_samples = None
         if flags.eval_data_path:
             eval_samples = open_samples(flags.eval_data_path, model, processor, flags, run)
+        settings = settings_of(flags, samples, run.world_size)
+        total_steps = planned_steps(step_sampler(samples, flags, run), flags)
+        arguments = dataclasses.asdict(flags)
+
+        def write_weights(state_dict: dict[str, torch.Tensor], step: int) -> None:
+            tokenizer = processor.tokenizer
+            save_weights(path, half_state(state_dict), describe(model, tokenizer, stage, step, arguments))
+
+        if checkpoint:
+            check_settings(checkpoint, settings, flags.resume_override)
+            if checkpoint.about["finished"] and checkpoint.about["step"] >= total_steps:
+                if run.is_main and not path.is_file():
+                    write_weights(checkpoint.load()["model"], total_steps)
+                log.info("%s: done before, after %d steps; --resume never starts over", path, total_steps)
+                return 0
         learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
         log.info(
             "%s: %s rows, %.2fM weights learn, from %s, on %s x %d",
             stage,
             f"{len(samples):,}",
             learning / 1e6,
-            base or "scratch",
+            checkpoint.folder if checkpoint else base or "scratch",
             run.device,
             run.world_size,
         )
         run.catch_signals()
-        total_steps = planned_steps(step_sampler(samples, flags, run), flags)
-        tracker = open_tracker(flags.use_wandb, flags.wandb_project, name, dataclasses.asdict(flags), run)
-        metrics = Metrics(out_dir / "runs" / Path(name).stem, total_steps, run, stage, tracker)
-        path = out_dir / name
-
-        def save(step: int) -> None:
-            if run.is_main:
-                save_weights(path, model, describe(model, tokenizer, stage, step, dataclasses.asdict(flags)))
-
+        run.limit_waiting(flags.timeout_seconds)
+        about = {"settings": settings, "ranks": run.world_size, "arguments": arguments}
+        about["run_id"] = checkpoint.about["run_id"] if checkpoint else secrets.token_hex(4)
+        resumed_step = checkpoint.about["step"] if checkpoint else 0
+        tracker = open_tracker(flags, run_dir.name, run_dir, about["run_id"], resumed_step, run)
+        checkpoints = Checkpoints(
+            run_dir / "checkpoints", flags.keep_checkpoints, run.is_main, about, write_weights
+        )
+        if checkpoint is None and run.is_main:
+            checkpoints.clear()
+        metrics = Metrics(run_dir, total_steps, run, stage, tracker, resumed_step)
+        code = 1
         try:
-            code = train(model, samples, eval_samples, flags, run, metrics, save)
+            state = checkpoint.load() if checkpoint else None
+            code = train(model, samples, eval_samples, flags, run, metrics, checkpoints, state)
+            with run.together():
+                checkpoints.close()
+        except RuntimeError as error:
+            raise (explained(error) or error) from None
         finally:
             metrics.close()
-        if metrics.skipped_rows:
-            log.warning(
-                "warning: %d rows without a supervised token were skipped, all epochs together",
-                metrics.skipped_rows,
-            )
-        if run.is_main:
-            log.info("%s: weights are in %s", "stopped by a signal" if code else "done", path)
+            if run.is_main:
+                summary = metrics.summary() | {"stage": stage, "exit_code": code, "arguments": arguments}
+                with contextlib.suppress(UserError):  # a full disk is told by what matters more
+                    write_json(run_dir / "summary.json", summary)
+            checkpoints.close()
+        if skipped := metrics.summary()["skipped_rows"]:
+            log.warning("warning: %d rows were skipped, see %s", skipped, metrics.bad_samples)
+        log.info("%s: weights are in %s", "stopped by a signal" if code else "done", path)
         return code
+
+
+def build_model(flags: TrainingFlags, base: Path | None) -> tuple[MiniMindForCausalLM, MiniMindVLMProcessor]:
+    """The model as the flags say, with the weights of `base` if there is one, and the right ones learning."""
+    tokenizer = load_tokenizer(flags.tokenizer_path)
+    visual = isinstance(flags, VLMTrainingFlags)
+    if visual:
+        model, processor = build_vlm(flags.model_config(), flags.vision_model_path, tokenizer)
+    else:
+        model, processor = build_lm(flags.model_config(), tokenizer)
+    if base is not None:
+        asked = flags.tokenizer_path != default(flags, "tokenizer_path")
+        load_base(model, base, tokenizer, asked)
+    if visual:
+        set_trainable(model, flags.trainable)
+    if flags.activation_checkpointing:
+        model.activation_checkpointing_enable()
+        model.disable_input_require_grads()  # only re-entrant checkpoints need them; frozen layers do not
+    return model, processor
+
+
+def find_checkpoint(resume: str, folder: Path, run: Runtime) -> Checkpoint | None:
+    """What --resume names; every rank gets the same one."""
+    if resume not in ("auto", "never"):
+        checkpoint = read_checkpoint(Path(resume))
+        if checkpoint is None or not checkpoint.intact():
+            raise UserError(
+                f"--resume {resume}: not the folder of an intact checkpoint, such as {folder}/step-1000"
+            )
+        return checkpoint
+    # A worker that torchrun has started again goes on with what the one before it did.
+    if resume == "never" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return None
+    step = -1.0
+    with run.together():
+        if run.is_main and (newest := Checkpoints(folder, 1, is_main=False).newest_intact()):
+            step = newest.about["step"]
+    (step,) = run.sum(step if run.is_main else 0)
+    return read_checkpoint(folder / f"step-{step:.0f}") if step >= 0 else None
 
 
 def open_samples(

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import convert_to_hf
 from model.model_vlm import MiniMindVLM
 from model.processing_vlm import MiniMindVLMProcessor
-from trainer.checkpoint import describe, save_weights
+from trainer.checkpoint import describe, half_state, save_weights
 from trainer.cli import run_main
 from trainer.setup import build_vlm, load_tokenizer, load_vlm
 
@@ -121,7 +121,7 @@ def make_weights(folder: Path, **config) -> Path:
                 parameter.mul_(5)
     path = folder / "tiny.pth"
     arguments = {"vision_model_path": str(ENCODER), "note": "中文"}
-    save_weights(path, model, describe(model, tokenizer, "sft_vlm", 7, arguments))
+    save_weights(path, half_state(model.state_dict()), describe(model, tokenizer, "sft_vlm", 7, arguments))
     return path
 
 
@@ -342,8 +342,8 @@ def test_export_that_differs_from_its_source_is_removed(convert, weights, tmp_pa
     if fault in ("weights", "nan"):
         half_state = convert_to_hf.half_state
 
-        def corrupted(model):
-            state = half_state(model)
+        def corrupted(state_dict):
+            state = half_state(state_dict)
             state["model.layers.1.self_attn.q_proj.weight"][0] += 1 if fault == "weights" else torch.nan
             return state
 

@@ -15,7 +15,7 @@ from PIL import Image
 import eval_vlm
 from dataset.collate import collate
 from dataset.vlm_dataset import VLMDataset
-from trainer.checkpoint import describe, save_weights
+from trainer.checkpoint import describe, half_state, save_weights
 from trainer.cli import run_main
 from trainer.setup import build_vlm
 
@@ -62,7 +62,9 @@ def weight(world, tokenizer) -> Path:
     assert loss < 0.02, "the fixture did not learn its few rows"
     path = world / "weights/sft_vlm_64.pth"
     save_weights(
-        path, model, describe(model, tokenizer, "sft_vlm", 1, {"vision_model_path": str(TINY_ENCODER)})
+        path,
+        half_state(model.state_dict()),
+        describe(model, tokenizer, "sft_vlm", 1, {"vision_model_path": str(TINY_ENCODER)}),
     )
     return path
 

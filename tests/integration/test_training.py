@@ -145,9 +145,11 @@ def test_rows_without_an_answer_left_are_counted(data, tmp_path, run):
     rows[3]["conversations"][0]["content"] += " word" * 400
     write_rows(data / "captions.jsonl", rows)
     result = run(*pretrain(data, tmp_path / "out", "--batch_size", 8, "--max_seq_len", 250, "--epochs", 1))
-    assert "2 rows without a supervised token were skipped" in result.stderr
+    assert "2 rows were skipped" in result.stderr
     (line,) = records(tmp_path / "out", "pretrain_vlm_64")
     assert line["skipped_rows"] == 2
+    listed = (tmp_path / "out/runs/pretrain_vlm_64/bad_samples.jsonl").read_text()
+    assert listed.count("\n") == listed.count("no supervised token within 250 tokens") == 2
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -199,7 +201,7 @@ def test_wrong_usage_ends_with_two(run, flags, message):
 
 
 def test_bad_rows_and_pictures_end_with_one(data, tmp_path, run):
-    command = pretrain(data, tmp_path / "out", "--num_workers", 1)
+    command = pretrain(data, tmp_path / "out", "--num_workers", 1, "--on_bad_sample", "error")
     good = (data / "captions.jsonl").read_text()
     (data / "captions.jsonl").write_text(good + "{broken\n")
     assert "captions.jsonl:9: not JSON" in error_line(run(*command, expect=1))
@@ -279,7 +281,8 @@ def test_a_row_that_breaks_later_does_not_cost_what_was_learnt(data, tmp_path, r
     out = tmp_path / "out"
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
     (data / "images/5.png").write_bytes(b"no picture")
-    result = run(*torchrun, *pretrain(data, out, "--batch_size", 1, "--epochs", 1), expect=1, timeout=120)
+    command = pretrain(data, out, "--batch_size", 1, "--epochs", 1, "--on_bad_sample", "error")
+    result = run(*torchrun, *command, expect=1, timeout=120)
     told = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(told) == 1 and "captions.jsonl:6: cannot read image" in told[0]
     trained = [line["step"] for line in records(out, "pretrain_vlm_64")]

@@ -1,0 +1,25 @@
+"""Run by torchrun: trains on two ranks; on one of them something goes wrong that nobody foresaw.
+
+Arguments: those of train_pretrain_vlm.py.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import train_pretrain_vlm
+import trainer.loop
+from trainer.cli import run_main
+
+backward = trainer.loop.backward
+
+
+def failing(forward, micro_batches, totals, autocast, scaler, runtime):
+    if runtime.rank == 1:
+        raise LookupError("nobody foresaw this")
+    return backward(forward, micro_batches, totals, autocast, scaler, runtime)
+
+
+trainer.loop.backward = failing
+run_main(train_pretrain_vlm.main)

@@ -1,0 +1,129 @@
+"""Several ranks under torchrun: other numbers of them, ranks that die or hang, signals, two nodes."""
+
+import json
+import os
+import re
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+from test_faults import NAME, Training, assert_same_run, children, figures, long_run, steps_of
+from test_training import records, weights
+
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node"]
+TWO = [*TORCHRUN, 2, "--standalone"]
+
+
+def workers(training: Training) -> list[int]:
+    """Process numbers of the ranks, in their order."""
+    found = {}
+    for pid in children(training.process.pid):
+        environment = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+        ranks = [entry for entry in environment if entry.startswith("RANK=")]
+        if ranks:
+            found[int(ranks[0].removeprefix("RANK="))] = pid
+    return [found[rank] for rank in sorted(found)]
+
+
+def test_ranks_and_accumulation_may_change_in_the_middle(data, tmp_path, run):
+    """1 rank x 2, then 2 x 1, then 1 x 2: each row once an epoch, the same losses."""
+    out = tmp_path / "out"
+    flags = ["--epochs", 24]
+    one, two = ["--accumulation_steps", 2], ["--accumulation_steps", 1]
+    run(*long_run(data, tmp_path / "whole", *flags, *one))
+    for launcher, split, after in (([], one, 15), (TWO, two, 40)):
+        training = Training([*launcher, *long_run(data, out, *flags, *split)])
+        assert training.wait_for(lambda after=after: steps_of(out) > after)
+        training.process.terminate()
+        code, errors = training.end()
+        assert code == (1 if launcher else 143), errors
+    assert steps_of(out) < 96
+    run(*long_run(data, out, *flags, *one))
+    found, expected = figures(out), figures(tmp_path / "whole")
+    assert [step for step, *_ in found] == [step for step, *_ in expected] == [*range(1, 97)]
+    assert [loss for _, _, loss, _ in found] == pytest.approx([loss for _, _, loss, _ in expected], abs=1e-3)
+    supervised = [
+        [line["supervised_tokens"] for line in records(place, NAME)] for place in (out, tmp_path / "whole")
+    ]
+    assert supervised[0] == supervised[1]  # the rows of each step were the same
+
+
+def test_a_killed_rank_is_started_again_and_nothing_changes(data, tmp_path, run):
+    flags = ["--epochs", 20]
+    run(*TWO, *long_run(data, tmp_path / "whole", *flags))
+    out = tmp_path / "out"
+    training = Training([*TWO, "--max-restarts", 1, *long_run(data, out, *flags)])
+    assert training.wait_for(lambda: steps_of(out) > 12)
+    os.kill(workers(training)[1], signal.SIGKILL)
+    code, errors = training.end(180)
+    assert code == 0, errors
+    assert_same_run(out, tmp_path / "whole")
+
+
+def test_a_hanging_rank_is_given_up_and_started_again(data, tmp_path):
+    out = tmp_path / "out"
+    command = long_run(data, out, "--epochs", 20, "--timeout_seconds", 5)
+    training = Training([*TWO, "--max-restarts", 1, *command])
+    assert training.wait_for(lambda: steps_of(out) > 12)
+    os.kill(workers(training)[1], signal.SIGSTOP)
+    code, errors = training.end(180)
+    assert code == 0 and "has not answered within --timeout_seconds" in errors, errors
+    assert [step for step, *_ in figures(out)] == [*range(1, 81)]
+
+
+def test_an_exception_on_one_rank_ends_all_and_is_shown_once(data, tmp_path, run):
+    start = time.monotonic()
+    command = long_run(data, tmp_path / "out", "--timeout_seconds", 20)[1:]
+    result = run(*TWO, "tests/integration/fault_worker.py", *command, expect=1, timeout=120)
+    assert result.stderr.count("LookupError: nobody foresaw this") == 1
+    assert len(re.findall(r"^Traceback", result.stderr, re.MULTILINE)) <= 2  # torchrun adds its own
+    assert time.monotonic() - start < 100
+
+
+def test_torchrun_passes_sigterm_on_and_sigusr1_goes_to_the_workers(data, tmp_path):
+    out = tmp_path / "out"
+    saves = out / "runs" / NAME / "checkpoints"
+    training = Training([*TWO, *long_run(data, out, "--epochs", 100_000, "--save_interval", 10**6)])
+    assert training.wait_for(lambda: steps_of(out) > 3)
+    assert not saves.exists()
+    for worker in workers(training):
+        os.kill(worker, signal.SIGUSR1)
+    assert training.wait_for(lambda: any(saves.glob("step-*")))
+    done = steps_of(out)
+    assert training.wait_for(lambda: steps_of(out) > done + 2)
+    os.kill(training.process.pid, signal.SIGTERM)  # the agent alone
+    code, errors = training.end()
+    assert code == 1, errors  # the agent's; the workers ended with 143
+    assert "exitcode  : 143" in errors or "-15" in errors or "SIGTERM" in errors
+    sidecar = json.loads((out / f"{NAME}.json").read_text())
+    assert sidecar["step"] == steps_of(out) and len(weights(out / f"{NAME}.pth")) > 10
+
+
+def test_two_nodes_train_as_one(data, tmp_path, run):
+    """Two agents on loopback addresses, one rank each, as on two machines with a shared folder."""
+    flags = ["--epochs", 10]
+    run(*TWO, *long_run(data, tmp_path / "whole", *flags))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    out = tmp_path / "out"
+    nodes = [
+        "--nnodes",
+        2,
+        "--rdzv_backend",
+        "c10d",
+        "--rdzv_endpoint",
+        f"127.0.0.1:{port}",
+        "--rdzv_id",
+        "test",
+    ]
+    command = [*TORCHRUN, 1, *nodes]
+    agents = [
+        Training([*command, "--local_addr", f"127.0.0.{node}", *long_run(data, out, *flags)])
+        for node in (1, 2)
+    ]
+    ends = [agent.end() for agent in agents]
+    assert [code for code, _ in ends] == [0, 0], ends
+    assert_same_run(out, tmp_path / "whole")

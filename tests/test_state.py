@@ -1,0 +1,184 @@
+"""A run that stopped and went on has the bits of one that never stopped; checkpoints on disk."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_ENCODER
+
+from dataset.feature_cache import encode_missing, open_feature_cache
+from dataset.vlm_dataset import VLMDataset
+from model.model_vlm import MiniMindVLM, VLMConfig
+from model.processing_vlm import MiniMindVLMProcessor
+from trainer.arguments import VLMTrainingFlags
+from trainer.cli import UserError
+from trainer.distributed import Runtime
+from trainer.loop import train
+from trainer.metrics import Metrics
+from trainer.setup import set_trainable
+from trainer.state import Checkpoints, check_settings, settings_of
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+ABOUT = {"settings": {}, "run_id": "0"}
+STEPS = 9
+
+
+class StoppingMetrics(Metrics):
+    """As if a SIGTERM came during step `stop_at`."""
+
+    stop_at = STEPS
+
+    def step(self, step: int, *args, **kwargs) -> None:
+        super().step(step, *args, **kwargs)
+        if step == self.stop_at:
+            self.runtime.stop_code = 143
+
+
+def learn(data: Path, out: Path, processor, flags: dict, config: dict, stop_at: int = STEPS) -> dict:
+    """Trains for STEPS steps or up to the one after `stop_at`, from the checkpoint in `out` if there is one;
+    returns the weights."""
+    run = Runtime(torch.device("cpu"))
+    torch.manual_seed(0)
+    model = MiniMindVLM(VLMConfig(**SIZES, **config), TINY_ENCODER)
+    set_trainable(model, "proj_llm")
+    full = MiniMindVLMProcessor(processor.image_processor, processor.tokenizer, tokens_per_image=196)
+    samples = VLMDataset([data / "dialogues.jsonl"], full, 1024, data / "images")
+    cached = flags.pop("cached", False)
+    if cached:
+        samples.features = open_feature_cache(data / "features", model, full)
+        encode_missing(samples.features, model, full, samples.image_paths())
+        samples.features.check_complete()
+    settings = {"data_path": ["x"], "num_workers": 0, "batch_size": 2, "epochs": 9, "max_steps": STEPS}
+    settings |= {"dtype": "float32", "learning_rate": 1e-2, "log_interval": 2} | flags
+    checkpoints = Checkpoints(out / "checkpoints", 2, True, ABOUT, lambda state, step: None)
+    newest = checkpoints.newest_intact()
+    metrics = StoppingMetrics(out, STEPS, run, "", resumed_step=newest.about["step"] if newest else 0)
+    metrics.stop_at = stop_at
+    state = newest.load() if newest else None
+    train(model, samples, None, VLMTrainingFlags(**settings), run, metrics, checkpoints, state)
+    metrics.close()
+    checkpoints.close()
+    flags |= {"cached": cached}
+    return {name: tensor for name, tensor in model.state_dict().items() if "encoder" not in name}
+
+
+def losses(out: Path) -> list[tuple]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [
+        (line["step"], line["epoch"], line["loss"], line["aux_loss"], line["grad_norm"]) for line in lines
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "config"),
+    [
+        ({}, {}),
+        ({}, {"use_moe": True}),
+        ({"batch_size": 1, "accumulation_steps": 2}, {}),
+        ({"dtype": "float16"}, {}),
+        ({}, {"dropout": 0.2}),
+        ({"num_workers": 2}, {}),
+        ({"cached": True}, {"use_moe": True}),
+        ({"tokens_per_batch": 600, "pack": True}, {}),
+    ],
+    ids=["dense", "moe", "accumulation", "fp16", "dropout", "workers", "cache", "budget"],
+)
+def test_resume_gives_the_same_bits(data, tmp_path, processor, flags, config):
+    whole = learn(data, tmp_path / "whole", processor, flags, config)
+    for stop_at in (2, 6, STEPS):  # steps 3 and 7: in the middle of an epoch, and of a line of metrics
+        parts = learn(data, tmp_path / "parts", processor, flags, config, stop_at)
+        assert read_steps(tmp_path / "parts")[0] == min(stop_at + 1, STEPS)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 5
+    assert all(torch.equal(parts[name], whole[name]) for name in whole)
+
+
+def test_fp16_scale_is_part_of_the_state(data, tmp_path, processor):
+    learn(data, tmp_path, processor, {"dtype": "float16"}, {}, 2)
+    state = Checkpoints(tmp_path / "checkpoints", 2, False).newest_intact().load()
+    assert state["scaler"]["scale"] > 0 and state["progress"]["step"] == 3
+
+
+def read_steps(out: Path) -> list[int]:
+    return [found.about["step"] for found in Checkpoints(out / "checkpoints", 2, False).newest_first()]
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    made = Checkpoints(tmp_path / "checkpoints", 2, True, ABOUT, lambda state, step: None)
+    for step in (3, 6, 9):
+        made.save({"progress": {"step": step}, "model": {"w": torch.full((1000,), float(step))}}, False)
+    made.close()
+    return made
+
+
+def test_the_newest_stay(checkpoints, tmp_path):
+    assert read_steps(tmp_path) == [9, 6]
+    assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["step-6", "step-9"]
+    assert checkpoints.newest_intact().load()["model"]["w"][0] == 9
+
+
+def truncate(folder: Path) -> None:
+    content = (folder / "state.pt").read_bytes()
+    (folder / "state.pt").write_bytes(content[: len(content) // 2])
+
+
+def flip_a_bit(folder: Path) -> None:
+    content = bytearray((folder / "state.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "state.pt").write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        truncate,
+        flip_a_bit,
+        lambda folder: (folder / "state.pt").unlink(),
+        lambda folder: (folder / "state.json").write_text('{"step": 9'),
+        lambda folder: (folder / "state.json").unlink(),
+    ],
+    ids=["truncated", "bit", "no_state", "half_json", "no_json"],
+)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(checkpoints, damage, caplog):
+    damage(checkpoints.folder / "step-9")
+    assert checkpoints.newest_intact().load()["model"]["w"][0] == 6
+    assert "step-9 is damaged" in caplog.text
+    assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["damaged-step-9", "step-6"]
+    damage(checkpoints.folder / "step-6")
+    with pytest.raises(UserError, match="no checkpoint is intact; --resume never starts over"):
+        checkpoints.newest_intact()
+
+
+def test_half_a_save_is_no_checkpoint(checkpoints, tmp_path):
+    """What a process that was killed while it wrote leaves behind; the next save removes it."""
+    (checkpoints.folder / "step-9").rename(checkpoints.folder / ".step-9")
+    assert read_steps(tmp_path) == [6]
+    again = Checkpoints(checkpoints.folder, 2, True, ABOUT, lambda state, step: None)
+    again.save({"progress": {"step": 9}, "model": {}}, True)
+    again.close()
+    assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["step-6", "step-9"]
+
+
+def test_changed_flags_are_named(checkpoints, data, processor):
+    samples = VLMDataset([data / "captions.jsonl"], processor, 512, data / "images")
+    flags = {"data_path": ["x"], "batch_size": 4, "learning_rate": 1e-3}
+
+    def settings(**changed):
+        return settings_of(VLMTrainingFlags(**flags | changed), samples, changed.pop("ranks", 1))
+
+    newest = checkpoints.newest_intact()
+    newest.about["settings"] = settings()
+    check_settings(newest, settings(num_workers=3, log_interval=7, data_path=["elsewhere"]), False)
+    check_settings(newest, settings(batch_size=2, accumulation_steps=2), False)
+    check_settings(newest, settings_of(VLMTrainingFlags(**flags | {"batch_size": 2}), samples, 2), False)
+    changed = settings(batch_size=3, learning_rate=0.1, trainable="proj")
+    with pytest.raises(UserError) as error:
+        check_settings(newest, changed, False)
+    for part in ("--learning_rate 0.001 (now 0.1)", "--trainable 'proj_llm' (now 'proj')", "ranks 4 (now 3)"):
+        assert part in str(error.value)
+    assert "--resume never" in str(error.value) and "--resume_override" in str(error.value)
+    check_settings(newest, changed, True)
+    fewer = VLMDataset([data / "texts.jsonl"], processor, 512)
+    with pytest.raises(UserError, match="data_path"):
+        check_settings(newest, settings_of(VLMTrainingFlags(**flags), fewer, 1), False)

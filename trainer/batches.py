@@ -1,0 +1,56 @@
+"""What the loop reads: which rows make a step, and the loader that fetches them."""
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import DataLoader
+
+from dataset.collate import StepDataset, StepSampler
+from dataset.vlm_dataset import VLMDataset
+from trainer.arguments import TrainingFlags
+from trainer.distributed import Runtime, ignore_signals
+
+COMPILED_MULTIPLE = 32  # lengths are rounded up to it, so that few of them have to be compiled for
+
+
+def step_sampler(samples: VLMDataset, flags: TrainingFlags, runtime: Runtime) -> StepSampler:
+    return StepSampler(
+        samples.lengths(),
+        flags.batch_size,
+        flags.accumulation_steps,
+        runtime.rank,
+        runtime.world_size,
+        flags.seed,
+        tokens_per_batch=flags.tokens_per_batch,
+    )
+
+
+def planned_steps(sampler: StepSampler, flags: TrainingFlags) -> int:
+    """Optimizer steps of the whole run: those of all epochs, or --max_steps if that is less."""
+    steps = 0
+    for epoch in range(flags.epochs):
+        steps += sampler.steps_of_epoch(epoch)
+        if flags.max_steps and steps >= flags.max_steps:
+            return flags.max_steps
+    return steps
+
+
+def step_loader(
+    samples: VLMDataset, sampler: StepSampler, flags: TrainingFlags, runtime: Runtime
+) -> Iterator:
+    """Fetches whole steps: each item is a step's list of micro-batches, or the DataError that it met."""
+    return DataLoader(
+        StepDataset(
+            samples,
+            samples.processor.tokenizer.pad_token_id,
+            flags.max_seq_len if flags.pack else None,
+            COMPILED_MULTIPLE if flags.compile else 1,
+            skip_bad=flags.on_bad_sample == "skip",
+        ),
+        batch_size=None,
+        sampler=sampler,
+        num_workers=flags.num_workers,
+        worker_init_fn=ignore_signals,
+        pin_memory=runtime.device.type == "cuda",
+        generator=torch.Generator().manual_seed(flags.seed),  # so that a run's own generator is left alone
+    )

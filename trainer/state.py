@@ -1,0 +1,276 @@
+"""The full training state on disk, from which `--resume` goes on.
+
+`checkpoints/step-{n}/` holds `state.pt` (weights in fp32, optimizer, scaler, position in the data, generators
+of every rank) and `state.json` (step, settings, checksum). It is written under a temporary name by a thread,
+while training goes on, flushed and renamed. R ranks.
+"""
+
+import errno
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dataset.files import flush_folder
+from dataset.vlm_dataset import VLMDataset
+from trainer.arguments import TrainingFlags
+from trainer.checkpoint import write_file, write_json
+from trainer.cli import UserError
+
+log = logging.getLogger(__name__)
+# What may change when a run is resumed: all other flags decide what is learnt. Batch size, ranks and
+# accumulation count as one number, and of the data the rows count, not the place.
+FREE_FLAGS = """
+    data_path images_path out_dir batch_size accumulation_steps pack device compile activation_checkpointing
+    num_workers log_interval save_interval keep_checkpoints eval_data_path eval_interval tracker use_wandb
+    wandb_project resume resume_override timeout_seconds on_bad_sample max_bad_steps loss_spike cache_features
+""".split()
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass
+class Progress:
+    """Where a run stands."""
+
+    step: int = 0
+    epoch: int = 0
+    epoch_step: int = 0  # steps done of this epoch
+    learnt_tokens: int = 0
+    bad_steps: int = 0
+    bad_in_a_row: int = 0
+    mean_loss: float | None = None  # running, of good steps
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint on disk; `about` is its `state.json`."""
+
+    folder: Path
+    about: dict[str, Any]
+
+    def intact(self) -> bool:
+        try:
+            with (self.folder / "state.pt").open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest() == self.about["sha256"]
+        except OSError:
+            return False
+
+    def load(self) -> dict[str, Any]:
+        return torch.load(self.folder / "state.pt", map_location="cpu", weights_only=True)
+
+
+class Checkpoints:
+    """A run's checkpoints and weights. The main process alone writes, in a thread, while training goes on.
+
+    `about` goes into every `state.json`; `write_weights(state_dict, step)` writes the `.pth`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        is_main: bool,
+        about: dict[str, Any] | None = None,
+        write_weights: Callable[[dict[str, torch.Tensor], int], None] | None = None,
+    ):
+        self.folder, self.keep = folder, keep
+        self.about, self.write_weights = about, write_weights
+        self.thread = ThreadPoolExecutor(1) if is_main else None
+        self.pending: Future | None = None
+        self.failure: Exception | None = None
+
+    def save(self, state: dict[str, Any], finished: bool) -> None:
+        """Starts to write a state, whose tensors must not change any more, after the one before."""
+        if self.thread is not None:
+            self.wait()
+            self.pending = self.thread.submit(self._write, state, finished)
+
+    def wait(self) -> None:
+        """Returns when nothing is being written."""
+        if self.pending is not None:
+            self.failure = self.pending.exception() or self.failure
+            self.pending = None
+
+    def take_error(self) -> Exception | None:
+        """Once, what went wrong with a save that has ended."""
+        if self.pending is not None and self.pending.done():
+            self.wait()
+        failure, self.failure = self.failure, None
+        return failure
+
+    def close(self) -> None:
+        """Ends the thread after what it has begun. UserError if something could not be written."""
+        self.wait()
+        if self.thread is not None:
+            self.thread.shutdown()
+        if failure := self.take_error():
+            raise failure
+
+    def _write(self, state: dict[str, Any], finished: bool) -> None:
+        step = state["progress"]["step"]
+        about = {**self.about, "step": step, "finished": finished}
+        # In this order: a checkpoint says that the run is finished.
+        for write in (
+            lambda: self.write_weights(state["model"], step),
+            lambda: self._write_state(state, about),
+        ):
+            try:
+                write()
+            except UserError as error:
+                if not (is_full(error) and self._free_oldest()):
+                    raise
+                write()
+        for old in self.newest_first()[self.keep :]:
+            shutil.rmtree(old.folder)
+
+    def _write_state(self, state: dict[str, Any], about: dict[str, Any]) -> None:
+        name = f"step-{about['step']}"
+        temporary = self.folder / f".{name}"
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            write_file(temporary / "state.pt", lambda file: torch.save(state, file))
+            with (temporary / "state.pt").open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            about = {**about, "sha256": digest, "saved_at": time.time()}
+            write_json(temporary / "state.json", about)
+            if (self.folder / name).exists():  # of a run that went on from an earlier step
+                shutil.rmtree(self.folder / name)
+            temporary.rename(self.folder / name)
+            flush_folder(self.folder)
+        except BaseException as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise UserError(f"cannot write {self.folder / name}: {error}") from error
+            raise
+
+    def _free_oldest(self) -> bool:
+        """Makes room by removing the oldest checkpoint, if it is not the only one."""
+        old = self.newest_first()[1:]
+        if old:
+            log.warning("warning: the disk is full; removing the oldest checkpoint, %s", old[-1].folder)
+            shutil.rmtree(old[-1].folder)
+        return bool(old)
+
+    def newest_first(self) -> list[Checkpoint]:
+        """Those that have a readable `state.json`."""
+        found = [read_checkpoint(folder) for folder in self.folder.glob("step-*")]
+        readable = [checkpoint for checkpoint in found if checkpoint is not None]
+        return sorted(readable, key=lambda checkpoint: checkpoint.about["saved_at"], reverse=True)
+
+    def newest_intact(self) -> Checkpoint | None:
+        """The one to go on from, or None; damaged newer ones are set aside with a warning.
+
+        UserError if there are only damaged ones.
+        """
+        damaged = [folder for folder in self.folder.glob("step-*") if read_checkpoint(folder) is None]
+        intact = None
+        for checkpoint in self.newest_first():
+            if checkpoint.intact():
+                intact = checkpoint
+                break
+            damaged.append(checkpoint.folder)
+        if damaged and intact is None:
+            raise UserError(f"{self.folder}: no checkpoint is intact; --resume never starts over")
+        for folder in damaged:
+            aside = folder.with_name(f"damaged-{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+            log.warning(
+                "warning: %s is damaged: it is now %s, and the one before it is used", folder, aside.name
+            )
+        return intact
+
+    def clear(self) -> None:
+        """Removes all checkpoints: a run that starts over must not be taken for the old one."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def read_checkpoint(folder: Path) -> Checkpoint | None:
+    """None where there is no `state.json` with the fields that resuming needs."""
+    try:
+        about = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        complete = {"step", "finished", "settings", "run_id", "sha256", "saved_at"} <= about.keys()
+    except (OSError, ValueError, AttributeError):
+        return None
+    return Checkpoint(folder, about) if complete else None
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether an error comes from a full disk, however deep."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in NO_SPACE:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def settings_of(flags: TrainingFlags, samples: VLMDataset, world_size: int) -> dict[str, Any]:
+    """What a resumed run must have in common with the run before, by the name of the flag that says it."""
+    settings = {name: value for name, value in vars(flags).items() if name not in FREE_FLAGS}
+    if not getattr(flags, "cache_features", None):
+        settings.pop("cache_dtype", None)
+    if flags.tokens_per_batch:  # how rows are grouped depends on each of the three
+        settings["accumulation_steps x ranks"] = f"{flags.accumulation_steps} x {world_size}"
+    else:
+        settings["batch_size x accumulation_steps x ranks"] = (
+            flags.batch_size * flags.accumulation_steps * world_size
+        )
+    settings["data_path (rows)"] = hashlib.sha256(samples.lengths().tobytes()).hexdigest()[:16]
+    return settings
+
+
+def check_settings(checkpoint: Checkpoint, settings: dict[str, Any], override: bool) -> None:
+    """UserError that names what has changed; with `override`, a warning."""
+    before = checkpoint.about["settings"]
+    changed = [
+        f"--{name} {before[name]!r} (now {settings[name]!r})"
+        for name in sorted(before.keys() & settings.keys())
+        if before[name] != settings[name]
+    ]
+    if not changed:
+        return
+    what = f"{checkpoint.folder} was made with other flags: {', '.join(changed)}"
+    if not override:
+        raise UserError(f"{what}; --resume never starts over, --resume_override goes on with the new ones")
+    log.warning("warning: %s", what)
+
+
+def cpu_copy(value: Any) -> Any:
+    """A state dict whose tensors are copies on the CPU; a tensor that stands in it twice stays one."""
+    copies: dict[tuple, torch.Tensor] = {}
+
+    def copy(part: Any) -> Any:
+        if isinstance(part, torch.Tensor):
+            key = (part.data_ptr(), part.shape, part.stride())
+            if part.numel() == 0 or key not in copies:
+                copies[key] = part.detach().to("cpu", copy=True)
+            return copies[key]
+        if isinstance(part, dict):
+            return {name: copy(inner) for name, inner in part.items()}
+        return [copy(inner) for inner in part] if isinstance(part, list) else part
+
+    return copy(value)
+
+
+def generator_states(device: torch.device) -> torch.Tensor:
+    """This process's generators as bytes (n,) uint8: the CPU's and, on a GPU, the device's."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return torch.cat(states)
+
+
+def set_generator_states(states: torch.Tensor, device: torch.device) -> None:
+    size = len(torch.get_rng_state())
+    torch.set_rng_state(states[:size].clone())  # it crashes on a view into the middle of a tensor
+    if device.type == "cuda" and len(states) > size:
+        torch.cuda.set_rng_state(states[size:].clone(), device)

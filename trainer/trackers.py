@@ -1,0 +1,150 @@
+"""Trackers take a run's figures besides `metrics.jsonl`, each through its own library; only the main process
+has one. The libraries are optional and imported when asked for; their files go into the run's folder.
+"""
+
+import dataclasses
+import logging
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from trainer.arguments import TrainingFlags
+from trainer.cli import UserError, user_errors
+from trainer.distributed import Runtime
+
+log = logging.getLogger(__name__)
+Log = Callable[[dict[str, float], int], None]
+
+
+class Tracker:
+    """An open tracker. One that fails says so once and is silent from then on: the training goes on."""
+
+    def __init__(self, name: str, log: Log, finish: Callable[[], None]):
+        self.name, self._log, self._finish = name, log, finish
+        self.works = True
+
+    def log(self, record: dict[str, float | None], step: int) -> None:
+        """Sends the figures of an optimizer step; those that are None (not finite) are left out."""
+        if self.works:
+            self._try(self._log, {name: value for name, value in record.items() if value is not None}, step)
+
+    def finish(self) -> None:
+        """Sends what is left and ends the tracker's run."""
+        self._try(self._finish)
+
+    def _try(self, action: Callable[..., None], *arguments: Any) -> None:
+        try:
+            action(*arguments)
+        except Exception as error:  # whatever a library raises where its service or disk is gone
+            if self.works:
+                log.warning("warning: %s, the run goes on without it", failure(self.name, "failed", error))
+            self.works = False
+
+
+def open_tracker(
+    flags: TrainingFlags, name: str, run_dir: Path, run_id: str, resumed_step: int, runtime: Runtime
+) -> Tracker | None:
+    """What --tracker asks for, or None; every rank must call it.
+
+    A run that goes on from `resumed_step` (0: a new one) with its old `run_id` continues its old curve.
+    UserError if the package is missing or, for a new run, if the tracker does not start.
+    """
+    if flags.tracker == "none":
+        return None
+    with runtime.together():
+        if not runtime.is_main:
+            return None
+        with user_errors(f"--out_dir: cannot write {run_dir}"):
+            run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            log_figures, finish = OPENERS[flags.tracker](flags, name, run_dir.resolve(), run_id, resumed_step)
+        except Exception as error:
+            if isinstance(error, ModuleNotFoundError) and error.name == flags.tracker:
+                message = f"--tracker {flags.tracker} needs the package {flags.tracker}"
+                raise UserError(f"{message}: pip install {flags.tracker}") from None
+            message = failure(flags.tracker, "cannot start", error)
+            if not resumed_step:
+                raise UserError(message) from error
+            log.warning("warning: %s, the run goes on without it", message)
+            return None
+        return Tracker(flags.tracker, log_figures, finish)
+
+
+def failure(name: str, what: str, error: Exception) -> str:
+    return f"--tracker {name} {what}: {type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def open_tensorboard(
+    flags: TrainingFlags, name: str, run_dir: Path, run_id: str, resumed_step: int
+) -> tuple[Log, Callable[[], None]]:
+    """Event files; what the folder has of later steps, from before a crash or of an older run, is hidden."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(run_dir / "tensorboard", purge_step=resumed_step + 1)
+
+    def log_figures(record: dict[str, float], step: int) -> None:
+        for figure, value in record.items():
+            writer.add_scalar(figure, value, step)
+        writer.flush()  # a run that is killed must not leave a gap
+
+    return log_figures, writer.close
+
+
+def open_wandb(
+    flags: TrainingFlags, name: str, run_dir: Path, run_id: str, resumed_step: int
+) -> tuple[Log, Callable[[], None]]:
+    import wandb
+
+    run = wandb.init(
+        project=flags.wandb_project,
+        name=name,
+        config=dataclasses.asdict(flags),
+        dir=run_dir,
+        id=run_id,
+        resume="allow",
+    )
+    return run.log, run.finish
+
+
+def open_swanlab(
+    flags: TrainingFlags, name: str, run_dir: Path, run_id: str, resumed_step: int
+) -> tuple[Log, Callable[[], None]]:
+    import swanlab
+
+    handler = signal.getsignal(signal.SIGINT)
+    run = swanlab.init(
+        project=flags.wandb_project,
+        name=name,
+        config=dataclasses.asdict(flags),
+        log_dir=str(run_dir / "swanlab"),
+        id=run_id,
+        resume="allow",
+    )
+    signal.signal(signal.SIGINT, handler)  # its own would end the tracker before the last step is logged
+    return run.log, run.finish
+
+
+def open_trackio(
+    flags: TrainingFlags, name: str, run_dir: Path, run_id: str, resumed_step: int
+) -> tuple[Log, Callable[[], None]]:
+    """Trackio knows runs by their names alone, so that the name has to be this run's own."""
+    os.environ.setdefault("TRACKIO_DIR", str(run_dir / "trackio"))  # read on import
+    import trackio
+
+    run = trackio.init(
+        project=flags.wandb_project,
+        name=f"{name}-{run_id}",
+        config=dataclasses.asdict(flags),
+        resume="allow",
+    )
+    return run.log, trackio.finish
+
+
+OPENERS = {
+    "tensorboard": open_tensorboard,
+    "wandb": open_wandb,
+    "swanlab": open_swanlab,
+    "trackio": open_trackio,
+}
