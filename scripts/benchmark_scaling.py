@@ -24,8 +24,12 @@ from dataset.collate import StepDataset, StepSampler
 from dataset.vlm_dataset import VLMDataset
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.processing_vlm import MiniMindVLMProcessor
-from trainer.distributed import peak_memory_bytes
+from trainer.arguments import TrainingFlags
+from trainer.checkpoint import half_state, save_weights
+from trainer.distributed import Runtime, peak_memory_bytes
+from trainer.loop import Learner, count
 from trainer.setup import DEFAULT_TOKENIZER
+from trainer.state import Checkpoints, Progress
 from trainer.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,6 +47,7 @@ def scale(folder: Path, hidden_size: int, layers: int, rows: list[int], steps: i
     return {
         "length": [{"tokens": n, **apart(step_cost, *model, 1, n)} for n in LENGTHS],
         "batch": [{"rows": n, **apart(step_cost, *model, n, 256)} for n in BATCHES],
+        "saving": [apart(saving_cost, str(folder / "saving"), *model)],
         "rows": [point for n in rows for point in row_points(folder, n)],
         "ranks": [rank_point(folder, *model, ranks, steps) for ranks in (1, 2)],
         "loader": [loader_point(folder, workers) for workers in (0, 1, 2)],
@@ -71,6 +76,51 @@ def step_cost(hidden_size: int, layers: int, batch: int, length: int) -> dict:
         seconds.append(time.perf_counter() - start)
     more = peak_memory_bytes(torch.device("cpu")) - base
     return {"seconds": statistics.median(seconds[1:]), "memory_bytes": more}
+
+
+def saving_cost(folder: str, hidden_size: int, layers: int) -> dict:
+    """What a save takes from steps of fine-tuning (4 rows of 512 tokens): `stall_seconds` in the loop itself,
+    `extra_seconds` with what the thread takes from the steps beside it, `share` at one save in 1000 steps."""
+    torch.manual_seed(0)
+    model = MiniMindForCausalLM(MiniMindConfig(hidden_size=hidden_size, num_hidden_layers=layers)).train()
+    run = Runtime(torch.device("cpu"))
+    flags = TrainingFlags(data_path=["-"], dtype="float32")
+    learner, progress = Learner(model, flags, run), Progress()
+    path = Path(folder) / "model.pth"
+    about = {"settings": {}, "run_id": ""}
+    checkpoints = Checkpoints(
+        Path(folder), 1, True, about, lambda state, _: save_weights(path, half_state(state), {})
+    )
+    input_ids = torch.randint(300, 6000, (4, 512))  # (B, T)
+    batch = {"input_ids": input_ids, "labels": input_ids, "supervised_tokens": 4 * 511, "tokens": 4 * 512}
+    batch |= {"rows": 4, "skipped": []}
+    totals = count([batch], run)
+
+    def step() -> float:
+        start = time.perf_counter()
+        learner.step([batch], totals, 1e-5, progress)
+        return time.perf_counter() - start
+
+    plain = statistics.median([step() for _ in range(6)][1:])
+    stalls, extras = [], []
+    for _ in range(3):
+        start = time.perf_counter()
+        checkpoints.save(learner.state(progress), False)
+        stalls.append(time.perf_counter() - start)
+        steps = [step()]
+        while not checkpoints.pending.done():
+            steps.append(step())
+        extras.append(stalls[-1] + sum(steps) - len(steps) * plain)
+    checkpoints.close()
+    size = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
+    extra = statistics.median(extras)
+    return {
+        "disk_bytes": size,
+        "step_seconds": plain,
+        "stall_seconds": statistics.median(stalls),
+        "extra_seconds": extra,
+        "share": extra / (1000 * plain),
+    }
 
 
 def row_points(folder: Path, rows: int) -> list[dict]:

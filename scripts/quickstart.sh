@@ -11,7 +11,7 @@ hidden=128
 
 echo "MiniMind-V quickstart. It downloads nothing but packages. Results, 0.5 GB, go to $out."
 install
-mkdir -p $out/done
+mkdir -p $out/done $out/begun
 
 # A finished stage leaves $out/done/NAME: the seconds it took, then what made it.
 made_by() { sed 1d "$out/done/$1" 2>/dev/null || true; }
@@ -29,9 +29,9 @@ stage() {
     fi
     redo=yes
     rm -f "$out/done/$name"
-    if [ "$(cat "$out/done/$name.begun" 2>/dev/null)" != "$state $*" ]; then
+    if [ "$(cat "$out/begun/$name" 2>/dev/null)" != "$state $*" ]; then
         rm -rf "$out/runs/$(basename "${output%.*}")"
-        printf '%s\n' "$state $*" >"$out/done/$name.begun"
+        printf '%s\n' "$state $*" >"$out/begun/$name"
     fi
     step "$name" .venv/bin/python "$@"
     mark "$name" "$((SECONDS - start))" "$state $*"

@@ -50,13 +50,13 @@ def learn(data: Path, out: Path, processor, flags: dict, config: dict, stop_at: 
         encode_missing(samples.features, model, full, samples.image_paths())
         samples.features.check_complete()
     settings = {"data_path": ["x"], "num_workers": 0, "batch_size": 2, "epochs": 9, "max_steps": STEPS}
-    settings |= {"dtype": "float32", "learning_rate": 1e-2, "log_interval": 2} | flags
+    settings |= {"dtype": "float32", "learning_rate": 1e-2, "log_interval": 2, "eval_interval": 3} | flags
     checkpoints = Checkpoints(out / "checkpoints", 2, True, ABOUT, lambda state, step: None)
     newest = checkpoints.newest_intact()
     metrics = StoppingMetrics(out, STEPS, run, "", resumed_step=newest.about["step"] if newest else 0)
     metrics.stop_at = stop_at
     state = newest.load() if newest else None
-    train(model, samples, None, VLMTrainingFlags(**settings), run, metrics, checkpoints, state)
+    train(model, samples, samples, VLMTrainingFlags(**settings), run, metrics, checkpoints, state)
     metrics.close()
     checkpoints.close()
     flags |= {"cached": cached}
@@ -65,9 +65,8 @@ def learn(data: Path, out: Path, processor, flags: dict, config: dict, stop_at: 
 
 def losses(out: Path) -> list[tuple]:
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [
-        (line["step"], line["epoch"], line["loss"], line["aux_loss"], line["grad_norm"]) for line in lines
-    ]
+    names = ("step", "epoch", "loss", "aux_loss", "grad_norm", "eval_loss")
+    return [tuple(line.get(name) for name in names) for line in lines]
 
 
 @pytest.mark.parametrize(
@@ -86,10 +85,11 @@ def losses(out: Path) -> list[tuple]:
 )
 def test_resume_gives_the_same_bits(data, tmp_path, processor, flags, config):
     whole = learn(data, tmp_path / "whole", processor, flags, config)
-    for stop_at in (2, 6, STEPS):  # steps 3 and 7: in the middle of an epoch, and of a line of metrics
+    # Steps 3 and 7: in the middle of an epoch and of a line of metrics; 3 before an evaluation that is due.
+    for stop_at in (2, 6, STEPS - 1, STEPS):
         parts = learn(data, tmp_path / "parts", processor, flags, config, stop_at)
         assert read_steps(tmp_path / "parts")[0] == min(stop_at + 1, STEPS)
-    assert losses(tmp_path / "parts") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 5
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 8
     assert all(torch.equal(parts[name], whole[name]) for name in whole)
 
 
@@ -151,13 +151,21 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(checkpoints, damage, c
 
 
 def test_half_a_save_is_no_checkpoint(checkpoints, tmp_path):
-    """What a process that was killed while it wrote leaves behind; the next save removes it."""
+    """What a process that was killed while it wrote leaves behind; the next run removes it."""
     (checkpoints.folder / "step-9").rename(checkpoints.folder / ".step-9")
     assert read_steps(tmp_path) == [6]
     again = Checkpoints(checkpoints.folder, 2, True, ABOUT, lambda state, step: None)
-    again.save({"progress": {"step": 9}, "model": {}}, True)
+    again.save({"progress": {"step": 8}, "model": {}}, True)
     again.close()
-    assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["step-6", "step-9"]
+    assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["step-6", "step-8"]
+
+
+def test_the_newest_is_the_one_that_was_saved_last(checkpoints, tmp_path):
+    """A run that went on from an earlier step leaves the later ones behind."""
+    again = Checkpoints(checkpoints.folder, 2, True, ABOUT, lambda state, step: None)
+    again.save({"progress": {"step": 7}, "model": {}}, False)
+    again.close()
+    assert read_steps(tmp_path) == [7, 9]
 
 
 def test_changed_flags_are_named(checkpoints, data, processor):

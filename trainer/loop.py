@@ -61,10 +61,19 @@ def train(
         runtime.save_asked = False
         checkpoints.save(learner.state(progress) | {"metrics": metrics.state()}, finished)
 
+    def evaluate_if_due() -> None:
+        due = progress.step == total_steps or (progress.step and progress.step % flags.eval_interval == 0)
+        if eval_samples is not None and due and progress.evaluated_step != progress.step:
+            checkpoints.wait()  # no lock may be held by its thread while worker processes are forked
+            found = evaluate(model, eval_samples, flags, runtime)
+            metrics.write({"step": progress.step, "epoch": progress.epoch, **found})
+            progress.evaluated_step = progress.step
+
     model.train()
+    evaluate_if_due()  # a signal may have stopped the run before
     while progress.step < total_steps:
         sampler.set_epoch(progress.epoch, progress.epoch_step)
-        checkpoints.wait()  # no lock may be held by its thread while worker processes are forked
+        checkpoints.wait()
         for micro_batches in loader:
             try:
                 totals = count(checkpoints.take_error() or micro_batches, runtime)
@@ -78,19 +87,17 @@ def train(
             if sums["bad"]:
                 rows = [where for batch in micro_batches for where in batch["where"]]
                 metrics.note_bad_step(progress.step, rows, sums["bad"])
-            stop_code = totals["stop_code"]
-            hopeless = progress.bad_in_a_row > flags.max_bad_steps
             done = progress.step == total_steps
-            last = done or stop_code or hopeless
-            if done or progress.step % flags.log_interval == 0:  # a stop must not add a line
+            if done or progress.step % flags.log_interval == 0:
                 metrics.report(progress, rate, sums["grad_norm"])
+            hopeless = progress.bad_in_a_row > flags.max_bad_steps
             with metrics.paused():
-                if eval_samples is not None and (done or progress.step % flags.eval_interval == 0):
-                    checkpoints.wait()
-                    found = evaluate(model, eval_samples, flags, runtime)
-                    metrics.write({"step": progress.step, "epoch": progress.epoch, **found})
-                if last or totals["save"] or progress.step % flags.save_interval == 0:
-                    save(finished=done)
+                if totals["stop_code"] or hopeless:
+                    save()
+                else:
+                    evaluate_if_due()
+                    if totals["save"] or (progress.step % flags.save_interval == 0 and not done):
+                        save()
             if hopeless:
                 raise UserError(
                     f"{progress.bad_in_a_row} steps in a row were bad, the last for its {sums['bad']}; "
@@ -99,13 +106,15 @@ def train(
                     if runtime.is_main
                     else ""
                 )
-            if stop_code:
-                return stop_code
+            if totals["stop_code"]:
+                return totals["stop_code"]
             if done:
                 break
         if not progress.learnt_tokens:
             raise DataError(f"no row has a supervised token within --max_seq_len {flags.max_seq_len}")
-        progress.epoch, progress.epoch_step = progress.epoch + 1, 0
+        if progress.step < total_steps:
+            progress.epoch, progress.epoch_step = progress.epoch + 1, 0
+    save(finished=True)
     return 0
 
 

@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import shutil
-import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -43,6 +42,7 @@ class Progress:
     step: int = 0
     epoch: int = 0
     epoch_step: int = 0  # steps done of this epoch
+    evaluated_step: int = 0
     learnt_tokens: int = 0
     bad_steps: int = 0
     bad_in_a_row: int = 0
@@ -86,6 +86,8 @@ class Checkpoints:
         self.thread = ThreadPoolExecutor(1) if is_main else None
         self.pending: Future | None = None
         self.failure: Exception | None = None
+        for unfinished in folder.glob(".step-*") if is_main else ():  # of a process that was killed
+            shutil.rmtree(unfinished)
 
     def save(self, state: dict[str, Any], finished: bool) -> None:
         """Starts to write a state, whose tensors must not change any more, after the one before."""
@@ -140,7 +142,9 @@ class Checkpoints:
             write_file(temporary / "state.pt", lambda file: torch.save(state, file))
             with (temporary / "state.pt").open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
-            about = {**about, "sha256": digest, "saved_at": time.time()}
+            newest = self.newest_first()[:1]
+            number = newest[0].about["number"] + 1 if newest else 1  # clocks may be set back
+            about = {**about, "sha256": digest, "number": number}
             write_json(temporary / "state.json", about)
             if (self.folder / name).exists():  # of a run that went on from an earlier step
                 shutil.rmtree(self.folder / name)
@@ -164,7 +168,7 @@ class Checkpoints:
         """Those that have a readable `state.json`."""
         found = [read_checkpoint(folder) for folder in self.folder.glob("step-*")]
         readable = [checkpoint for checkpoint in found if checkpoint is not None]
-        return sorted(readable, key=lambda checkpoint: checkpoint.about["saved_at"], reverse=True)
+        return sorted(readable, key=lambda checkpoint: checkpoint.about["number"], reverse=True)
 
     def newest_intact(self) -> Checkpoint | None:
         """The one to go on from, or None; damaged newer ones are set aside with a warning.
@@ -198,7 +202,7 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
     """None where there is no `state.json` with the fields that resuming needs."""
     try:
         about = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        complete = {"step", "finished", "settings", "run_id", "sha256", "saved_at"} <= about.keys()
+        complete = {"step", "finished", "settings", "run_id", "sha256", "number"} <= about.keys()
     except (OSError, ValueError, AttributeError):
         return None
     return Checkpoint(folder, about) if complete else None
