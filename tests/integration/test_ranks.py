@@ -101,7 +101,7 @@ def test_torchrun_passes_sigterm_on_and_sigusr1_goes_to_the_workers(data, tmp_pa
     assert sidecar["step"] == steps_of(out) and len(weights(out / f"{NAME}.pth")) > 10
 
 
-def test_two_nodes_train_as_one(data, tmp_path, run):
+def test_two_nodes_train_as_one_and_start_again_together(data, tmp_path, run):
     """Two agents on loopback addresses, one rank each, as on two machines with a shared folder."""
     flags = ["--epochs", 10]
     run(*TWO, *long_run(data, tmp_path / "whole", *flags))
@@ -109,21 +109,17 @@ def test_two_nodes_train_as_one(data, tmp_path, run):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     out = tmp_path / "out"
-    nodes = [
-        "--nnodes",
-        2,
-        "--rdzv_backend",
-        "c10d",
-        "--rdzv_endpoint",
-        f"127.0.0.1:{port}",
-        "--rdzv_id",
-        "test",
-    ]
-    command = [*TORCHRUN, 1, *nodes]
+    meeting = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}", "--rdzv_id", "test"]
+    command = [*TORCHRUN, 1, "--nnodes", 2, "--max-restarts", 1, *meeting]
     agents = [
-        Training([*command, "--local_addr", f"127.0.0.{node}", *long_run(data, out, *flags)])
+        Training(
+            [*command, "--local_addr", f"127.0.0.{node}", *long_run(data, out, *flags)],
+            TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
+        )
         for node in (1, 2)
     ]
-    ends = [agent.end() for agent in agents]
+    assert agents[0].wait_for(lambda: steps_of(out) > 12)
+    os.kill(workers(agents[1])[0], signal.SIGKILL)
+    ends = [agent.end(180) for agent in agents]
     assert [code for code, _ in ends] == [0, 0], ends
     assert_same_run(out, tmp_path / "whole")
