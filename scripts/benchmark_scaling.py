@@ -27,7 +27,8 @@ from model.processing_vlm import MiniMindVLMProcessor
 from trainer.arguments import TrainingFlags
 from trainer.checkpoint import half_state, save_weights
 from trainer.distributed import Runtime, peak_memory_bytes
-from trainer.loop import Learner, count
+from trainer.learner import Learner
+from trainer.loop import count
 from trainer.setup import DEFAULT_TOKENIZER
 from trainer.state import Checkpoints, Progress
 from trainer.tokenizer import load_tokenizer

@@ -14,8 +14,10 @@ from dataset.vlm_dataset import VLMDataset
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.processing_vlm import MiniMindVLMProcessor
 from trainer.arguments import TrainingFlags
+from trainer.batches import planned_steps
 from trainer.distributed import Runtime
-from trainer.loop import MODEL_INPUTS, backward, count, learning_rate, model_inputs, planned_steps
+from trainer.learner import MODEL_INPUTS, backward, model_inputs
+from trainer.loop import count, learning_rate
 from trainer.setup import set_trainable
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}

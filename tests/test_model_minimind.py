@@ -13,7 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 import model.model_minimind
 from model.model_minimind import Attention, MiniMindConfig, MiniMindForCausalLM, MoE, rope_tables
 from trainer.distributed import Runtime
-from trainer.loop import distribute
+from trainer.learner import distribute
 
 TINY = dict(
     hidden_size=64,

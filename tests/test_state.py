@@ -14,6 +14,7 @@ from model.processing_vlm import MiniMindVLMProcessor
 from trainer.arguments import VLMTrainingFlags
 from trainer.cli import UserError
 from trainer.distributed import Runtime
+from trainer.learner import Learner
 from trainer.loop import train
 from trainer.metrics import Metrics
 from trainer.setup import set_trainable
@@ -96,7 +97,16 @@ def test_resume_gives_the_same_bits(data, tmp_path, processor, flags, config):
 def test_fp16_scale_is_part_of_the_state(data, tmp_path, processor):
     learn(data, tmp_path, processor, {"dtype": "float16"}, {}, 2)
     state = Checkpoints(tmp_path / "checkpoints", 2, False).newest_intact().load()
-    assert state["scaler"]["scale"] > 0 and state["progress"]["step"] == 3
+    assert state["progress"]["step"] == 3
+    state["scaler"]["scale"] = 8.0
+    model = MiniMindVLM(VLMConfig(**SIZES), None)
+    for dtype, scale in (("float16", 8.0), ("float32", 1.0)):
+        learner = Learner(model, VLMTrainingFlags(data_path=["x"], dtype=dtype), Runtime(torch.device("cpu")))
+        learner.restore(state)
+        assert learner.scaler.get_scale() == scale
+    state["scaler"] = {}  # of a device without fp16
+    learner = Learner(model, VLMTrainingFlags(data_path=["x"], dtype="float16"), Runtime(torch.device("cpu")))
+    assert learner.restore(state).step == 3
 
 
 def read_steps(out: Path) -> list[int]:

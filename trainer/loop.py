@@ -1,34 +1,23 @@
 """The training loop, once, for every stage.
 
-A step is one optimizer step: all micro-batches of all ranks. Its loss is the mean over the supervised tokens
-of that global batch, plus the auxiliary loss averaged over its rows, however it is split.
+A step is one optimizer step: all micro-batches of all ranks.
 """
 
-import contextlib
-import logging
 import math
-from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from dataset.collate import StepSampler
 from dataset.errors import DataError
 from dataset.vlm_dataset import VLMDataset
-from model.model_vlm import load_weights
-from model.processing_vlm import image_slots
 from trainer.arguments import TrainingFlags
 from trainer.batches import planned_steps, step_loader, step_sampler
-from trainer.cli import UserError, user_errors
+from trainer.cli import UserError
 from trainer.distributed import Runtime, resolve_dtype
+from trainer.learner import Learner, model_inputs
 from trainer.metrics import Metrics
-from trainer.state import Checkpoints, Progress, cpu_copy, generator_states, set_generator_states
-
-log = logging.getLogger(__name__)
-MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "labels")
-MODEL_INPUTS += ("pixel_values", "image_features", "image_counts")
-SPIKE_MEMORY = 0.98  # of the running mean that --loss_spike compares with
+from trainer.state import Checkpoints, Progress
 
 
 def train(
@@ -55,28 +44,34 @@ def train(
     if resumed is not None:
         progress = learner.restore(resumed)
         metrics.restore(resumed["metrics"])
-        resumed = None  # as large as model and optimizer together
+        resumed = None  # as large as model and optimizer together: nobody else may hold it either
 
     def save(finished: bool = False) -> None:
         runtime.save_asked = False
         checkpoints.save(learner.state(progress) | {"metrics": metrics.state()}, finished)
 
-    def evaluate_if_due() -> None:
+    def evaluate_if_due() -> int:
+        """Returns the exit code of a signal that came meanwhile: the evaluation is then made up for later."""
         due = progress.step == total_steps or (progress.step and progress.step % flags.eval_interval == 0)
-        if eval_samples is not None and due and progress.evaluated_step != progress.step:
-            checkpoints.wait()  # no lock may be held by its thread while worker processes are forked
-            found = evaluate(model, eval_samples, flags, runtime)
+        if eval_samples is None or not due or progress.evaluated_step == progress.step:
+            return 0
+        checkpoints.wait()  # no lock may be held by its thread while worker processes are forked
+        found, stop_code = evaluate(model, eval_samples, flags, runtime)
+        if not stop_code:
             metrics.write({"step": progress.step, "epoch": progress.epoch, **found})
             progress.evaluated_step = progress.step
+        return stop_code
 
     model.train()
-    evaluate_if_due()  # a signal may have stopped the run before
+    if stop_code := evaluate_if_due():  # what a signal prevented before
+        return stop_code
     while progress.step < total_steps:
         sampler.set_epoch(progress.epoch, progress.epoch_step)
         checkpoints.wait()
         for micro_batches in loader:
             try:
-                totals = count(checkpoints.take_error() or micro_batches, runtime)
+                failure = checkpoints.take_error() or metrics.take_error()
+                totals = count(failure or micro_batches, runtime)
             except (DataError, UserError):
                 if progress.step:
                     save()  # what was learnt so far is not lost
@@ -91,13 +86,16 @@ def train(
             if done or progress.step % flags.log_interval == 0:
                 metrics.report(progress, rate, sums["grad_norm"])
             hopeless = progress.bad_in_a_row > flags.max_bad_steps
+            stop_code = totals["stop_code"]
             with metrics.paused():
-                if totals["stop_code"] or hopeless:
+                try:
+                    stop_code = stop_code or (0 if hopeless else evaluate_if_due())
+                except DataError:
                     save()
-                else:
-                    evaluate_if_due()
-                    if totals["save"] or (progress.step % flags.save_interval == 0 and not done):
-                        save()
+                    raise
+                due = totals["save"] or (progress.step % flags.save_interval == 0 and not done)
+                if stop_code or hopeless or due:
+                    save()
             if hopeless:
                 raise UserError(
                     f"{progress.bad_in_a_row} steps in a row were bad, the last for its {sums['bad']}; "
@@ -106,135 +104,16 @@ def train(
                     if runtime.is_main
                     else ""
                 )
-            if totals["stop_code"]:
-                return totals["stop_code"]
+            if stop_code:
+                return stop_code
             if done:
                 break
-        if not progress.learnt_tokens:
+        if not progress.learnt_tokens and not progress.bad_steps:
             raise DataError(f"no row has a supervised token within --max_seq_len {flags.max_seq_len}")
         if progress.step < total_steps:
             progress.epoch, progress.epoch_step = progress.epoch + 1, 0
     save(finished=True)
     return 0
-
-
-class Learner:
-    """Model, optimizer and scaler of a run: takes steps, and can be saved and restored in between."""
-
-    def __init__(self, model: torch.nn.Module, flags: TrainingFlags, runtime: Runtime):
-        self.model, self.flags, self.runtime = model, flags, runtime
-        dtype = resolve_dtype(flags.dtype, runtime.device)
-        self.autocast = torch.autocast(runtime.device.type, dtype, enabled=dtype != torch.float32)
-        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=dtype == torch.float16)
-        learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.names, self.learning = list(learning), list(learning.values())
-        self.optimizer = torch.optim.AdamW(self.learning, lr=flags.learning_rate, fused=True)
-        self.forward = distribute(model, flags, runtime)
-
-    def step(self, micro_batches: list[dict], totals: dict, rate: float, progress: Progress) -> dict:
-        """One optimizer step, which `progress` then counts; returns what Metrics.step wants of this rank,
-        `grad_norm`, and in `bad` why the step changed nothing, or ""."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        sums = backward(self.forward, micro_batches, totals, self.autocast, self.scaler, self.runtime)
-        self.scaler.unscale_(self.optimizer)
-        clip = self.flags.grad_clip or math.inf
-        norm = float(torch.nn.utils.clip_grad_norm_(self.learning, clip))  # the same on all ranks
-        tokens = totals["supervised_tokens"]
-        (loss,) = self.runtime.sum(float(sums["loss"]) / max(tokens, 1))
-        bad = self._what_is_wrong(loss, norm, progress)
-        if tokens and not bad:  # without tokens, weight decay alone would change the weights
-            self.scaler.step(self.optimizer)
-            progress.learnt_tokens += tokens
-            mean = loss if progress.mean_loss is None else progress.mean_loss
-            progress.mean_loss = SPIKE_MEMORY * mean + (1 - SPIKE_MEMORY) * loss
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        progress.step += 1
-        progress.epoch_step += 1
-        progress.bad_steps += bool(bad)
-        progress.bad_in_a_row = progress.bad_in_a_row + 1 if bad else 0
-        if bad:  # its numbers would spoil the means
-            sums |= {"loss": 0.0, "aux_loss": 0.0, "supervised_tokens": 0}
-        return sums | {"grad_norm": norm, "bad": bad}
-
-    def _what_is_wrong(self, loss: float, norm: float, progress: Progress) -> str:
-        # In fp16 an infinite norm is the scaler's business, which lowers its scale, as long as it can.
-        overflow = self.scaler.is_enabled() and self.scaler.get_scale() > 1
-        if not math.isfinite(loss) or not (math.isfinite(norm) or overflow):
-            return f"loss {loss:.4g}, gradient norm {norm:.4g}"
-        limit = self.flags.loss_spike
-        if limit and progress.mean_loss and loss > limit * progress.mean_loss:
-            return f"loss {loss:.4g} is above {limit:g} times its mean {progress.mean_loss:.4g}"
-        return ""
-
-    def state(self, progress: Progress) -> dict[str, Any]:
-        """Copies on the CPU of everything that `restore` needs; every rank must call it."""
-        weights = {k: v for k, v in self.model.state_dict().items() if not k.startswith("vision_encoder.")}
-        own = {"model": weights, "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
-        generators = self.runtime.gather(generator_states(self.runtime.device))
-        copies = cpu_copy(own) if self.runtime.is_main else {}
-        return copies | {"learning": self.names, "progress": asdict(progress), "generators": generators}
-
-    def restore(self, state: dict[str, Any]) -> Progress:
-        with user_errors("--resume"):
-            load_weights(self.model, state["model"])
-        if state["learning"] == self.names:
-            self.optimizer.load_state_dict(state["optimizer"])
-        else:
-            log.warning("warning: other weights learn than before: the optimizer starts afresh")
-        self.scaler.load_state_dict(state["scaler"])
-        if self.runtime.rank < len(state["generators"]):
-            set_generator_states(state["generators"][self.runtime.rank], self.runtime.device)
-        return Progress(**state["progress"])
-
-
-def backward(
-    forward: torch.nn.Module,
-    micro_batches: list[dict],
-    totals: dict[str, int],
-    autocast: torch.autocast,
-    scaler: torch.amp.GradScaler,
-    runtime: Runtime,
-) -> dict[str, Any]:
-    """Accumulates the step's gradient over `micro_batches`; returns what Metrics.step wants of this rank."""
-    sums: dict[str, Any] = {"loss": 0.0, "aux_loss": 0.0}
-    tokens = max(totals["supervised_tokens"], 1)
-    for number, batch in enumerate(micro_batches, start=1):
-        inputs = model_inputs(forward, batch, runtime.device)
-        last = number == len(micro_batches)
-        with contextlib.nullcontext() if last or runtime.world_size == 1 else forward.no_sync():
-            with autocast:
-                output = forward(**inputs, num_items_in_batch=tokens, skip_logits=True)
-                loss = output.loss + output.aux_loss * (batch["rows"] / max(totals["rows"], 1))
-            if "image_counts" not in batch:
-                loss = loss + untouched(forward)
-            # DDP divides by the number of ranks; the sums above are already those of the global batch.
-            scaler.scale(loss * runtime.world_size).backward()
-        sums["loss"] += output.loss.detach() * tokens
-        sums["aux_loss"] += output.aux_loss.detach() * batch["rows"]
-    counts = ("supervised_tokens", "tokens", "rows")
-    sums |= {name: sum(batch[name] for batch in micro_batches) for name in counts}
-    return sums | {"skipped": [message for batch in micro_batches for message in batch["skipped"]]}
-
-
-def model_inputs(model: torch.nn.Module, batch: dict, device: torch.device) -> dict[str, torch.Tensor]:
-    """The batch's tensors for `forward`. Where rows share pictures, each is encoded here, once."""
-    inputs = {k: batch[k].to(device, non_blocking=True) for k in MODEL_INPUTS if k in batch}
-    if "first_image" in batch:
-        counts, pixel_values = batch["image_counts"], inputs.pop("pixel_values")
-        images = pixel_values[torch.arange(pixel_values.shape[1]) < counts[:, None]]  # (images, 3, H, W)
-        first, picture = (numbers.to(device) for numbers in batch["first_image"].unique(return_inverse=True))
-        model = getattr(model, "module", model)  # out of DDP
-        features = model.get_image_embeddings(images[first], model.vision_encoder)  # (pictures, P, W)
-        inputs["image_features"] = image_slots(features[picture], counts)
-    return inputs
-
-
-def untouched(model: torch.nn.Module) -> torch.Tensor | float:
-    """A zero that depends on the projection: DDP waits for its gradient even where a rank had no image."""
-    projection = [p for name, p in model.named_parameters() if "vision_proj." in name and p.requires_grad]
-    return sum(0.0 * parameter.sum() for parameter in projection)
 
 
 def count(micro_batches: list[dict] | Exception, runtime: Runtime) -> dict[str, int]:
@@ -259,9 +138,9 @@ def count(micro_batches: list[dict] | Exception, runtime: Runtime) -> dict[str, 
 @torch.no_grad()
 def evaluate(
     model: torch.nn.Module, samples: VLMDataset, flags: TrainingFlags, runtime: Runtime
-) -> dict[str, float | int]:
-    """Mean loss over the supervised tokens of all rows, in the training precision; every rank must call
-    it."""
+) -> tuple[dict[str, float | int], int]:
+    """Mean loss over the supervised tokens of all rows, in the training precision; and the exit code of a
+    signal that ended it early, else 0. Every rank must call it."""
     sampler = StepSampler(
         samples.lengths(),
         flags.batch_size,
@@ -272,10 +151,11 @@ def evaluate(
         tokens_per_batch=flags.tokens_per_batch,
     )
     dtype = resolve_dtype(flags.dtype, runtime.device)
-    loss, tokens, skipped = 0.0, 0, 0
+    loss, tokens, skipped, stop_code = 0.0, 0, 0, 0
     model.eval()
     for micro_batches in step_loader(samples, sampler, flags, runtime):
-        count(micro_batches, runtime)
+        if stop_code := count(micro_batches, runtime)["stop_code"]:
+            break
         for batch in micro_batches:
             inputs = model_inputs(model, batch, runtime.device)
             with torch.autocast(runtime.device.type, dtype, enabled=dtype != torch.float32):
@@ -284,11 +164,12 @@ def evaluate(
             skipped += len(batch["skipped"])
     model.train()
     loss, tokens, skipped = runtime.sum(loss, tokens, skipped)
-    return {
+    figures = {
         "eval_loss": loss / max(tokens, 1),
         "eval_tokens": int(tokens),
         "eval_skipped_rows": int(skipped),
     }
+    return figures, stop_code
 
 
 def learning_rate(step: int, total_steps: int, flags: TrainingFlags) -> float:
@@ -297,19 +178,3 @@ def learning_rate(step: int, total_steps: int, flags: TrainingFlags) -> float:
         return flags.learning_rate * (step + 1) / flags.warmup_iters
     progress = (step - flags.warmup_iters) / max(total_steps - flags.warmup_iters, 1)
     return flags.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
-
-
-def distribute(model: torch.nn.Module, flags: TrainingFlags, runtime: Runtime) -> torch.nn.Module:
-    """The callable that trains: compiled if asked for, under DDP where there are several ranks."""
-    if flags.compile:
-        # Block by block: they share one compilation, and what depends on the data (images, masks, loss) stays
-        # outside, so that the number of compilations is bounded whatever the lengths.
-        for layer in model.model.layers:
-            layer.compile(dynamic=True)
-    if runtime.world_size == 1:
-        return model
-    ids = [runtime.device.index] if runtime.device.type == "cuda" else None
-    # The encoder's and RoPE's buffers never change: nothing to broadcast.
-    return DistributedDataParallel(
-        model, device_ids=ids, broadcast_buffers=False, process_group=runtime.group
-    )

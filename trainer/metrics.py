@@ -17,14 +17,14 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dataset.files import write_atomically
-from trainer.cli import user_errors
+from trainer.cli import UserError, user_errors
 from trainer.distributed import Runtime, peak_memory_bytes
 from trainer.state import Progress
 from trainer.trackers import Tracker
 
 log = logging.getLogger(__name__)
 
-SUMMED = ("loss", "aux_loss", "supervised_tokens", "tokens", "rows", "skipped_rows")
+SUMMED = ("loss", "aux_loss", "supervised_tokens", "tokens", "rows", "learnt_rows", "skipped_rows")
 
 
 class Metrics:
@@ -47,13 +47,11 @@ class Metrics:
     ):
         self.run_dir, self.runtime, self.tracker = run_dir, runtime, tracker
         self.bad_samples, self.bad_batches = run_dir / "bad_samples.jsonl", run_dir / "bad_batches.jsonl"
-        self.file = None
         with runtime.together(), user_errors(f"--out_dir: cannot write {run_dir}"):
             run_dir.mkdir(parents=True, exist_ok=True)
             if runtime.is_main:
                 for path in (run_dir / "metrics.jsonl", self.bad_samples, self.bad_batches):
                     keep_steps(path, resumed_step)
-                self.file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
         self.bar = tqdm(
             total=total_steps,
             initial=resumed_step,
@@ -69,6 +67,7 @@ class Metrics:
         self.totals = dict.fromkeys(SUMMED, 0.0)  # of the whole run and all ranks, up to the last line
         self.last: dict[str, Any] = {}
         self.paused_at: float | None = None
+        self.failure: UserError | None = None
         lines = self.bad_samples.read_text(encoding="utf-8").splitlines() if self.bad_samples.exists() else []
         self.listed = {json.loads(line)["error"] for line in lines}
 
@@ -79,7 +78,7 @@ class Metrics:
         return {
             "sums": self.runtime.gather(sums),  # (R, numbers)
             "totals": self.totals,
-            "last": self.last,
+            "last": dict(self.last),
             "seconds": now - self.start,
             "interval_seconds": now - self.interval_start,
         }
@@ -103,14 +102,13 @@ class Metrics:
         for message in skipped:
             if message not in self.listed:  # once, whatever the number of epochs
                 self.listed.add(message)
-                append_line(self.bad_samples, {"step": step, "error": message})
+                self._append(self.bad_samples, {"step": step, "error": message})
         self.bar.update()
 
     def note_bad_step(self, step: int, rows: list[str], reason: str) -> None:
         """Lists this rank's rows of a step that changed nothing."""
-        append_line(
-            self.bad_batches, {"step": step, "rank": self.runtime.rank, "reason": reason, "rows": rows}
-        )
+        record = {"step": step, "rank": self.runtime.rank, "reason": reason, "rows": rows}
+        self._append(self.bad_batches, record)
         log.warning("warning: step %d is skipped: %s", step, reason)
 
     def report(self, progress: Progress, learning_rate: float, grad_norm: float) -> None:
@@ -121,8 +119,8 @@ class Metrics:
         record = {
             "step": progress.step,
             "epoch": progress.epoch,
-            "loss": sums["loss"] / max(sums["supervised_tokens"], 1),
-            "aux_loss": sums["aux_loss"] / max(sums["rows"], 1),
+            "loss": sums["loss"] / sums["supervised_tokens"] if sums["supervised_tokens"] else math.nan,
+            "aux_loss": sums["aux_loss"] / max(sums["learnt_rows"], 1),
             "learning_rate": learning_rate,
             "grad_norm": grad_norm,
             "samples_per_second": sums["rows"] / seconds,
@@ -153,12 +151,22 @@ class Metrics:
         """Appends a line and sends it to the tracker."""
         record = {k: v if math.isfinite(v) else None for k, v in record.items()}  # JSON has no infinity
         self.last |= record
-        if self.file:
-            with user_errors(f"cannot write {self.file.name}"):
-                self.file.write(json.dumps(record) + "\n")
-                self.file.flush()
+        if self.runtime.is_main:
+            self._append(self.run_dir / "metrics.jsonl", record)
         if self.tracker:
             self.tracker.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
+
+    def _append(self, path: Path, record: dict[str, Any]) -> None:
+        try:
+            with user_errors(f"cannot write {path}"), path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        except UserError as error:  # kept until all ranks can act on it together
+            self.failure = error
+
+    def take_error(self) -> UserError | None:
+        """Once, what could not be written."""
+        failure, self.failure = self.failure, None
+        return failure
 
     def summary(self) -> dict[str, Any]:
         """The run in a few numbers: the last value of each figure, and totals."""
@@ -172,9 +180,6 @@ class Metrics:
     def close(self) -> None:
         self.bar.close()
         self.redirect.__exit__(None, None, None)
-        if self.file:
-            with contextlib.suppress(OSError):  # on a full disk `write` has told
-                self.file.close()
         if self.tracker:
             self.tracker.finish()
 
@@ -189,8 +194,3 @@ def keep_steps(path: Path, last: int) -> None:
             if json.loads(line)["step"] <= last:
                 kept.append(line + "\n")
     write_atomically(path, lambda file: file.write("".join(kept).encode()))
-
-
-def append_line(path: Path, record: dict[str, Any]) -> None:
-    with user_errors(f"cannot write {path}"), path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")

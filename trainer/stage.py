@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import os
 import secrets
+import shutil
 from pathlib import Path
 
 import torch
@@ -78,24 +79,29 @@ def run_stage(flags: TrainingFlags, stage: str, bases: tuple[str, ...]) -> int:
         )
         run.catch_signals()
         run.limit_waiting(flags.timeout_seconds)
-        about = {"settings": settings, "ranks": run.world_size, "arguments": arguments}
+        about = {"settings": settings, "arguments": arguments}
         about["run_id"] = checkpoint.about["run_id"] if checkpoint else secrets.token_hex(4)
         resumed_step = checkpoint.about["step"] if checkpoint else 0
         tracker = open_tracker(flags, run_dir.name, run_dir, about["run_id"], resumed_step, run)
         checkpoints = Checkpoints(
             run_dir / "checkpoints", flags.keep_checkpoints, run.is_main, about, write_weights
         )
-        if checkpoint is None and run.is_main:
-            checkpoints.clear()
+        if run.is_main:
+            shutil.rmtree(replaced(checkpoints.folder), ignore_errors=True)
         metrics = Metrics(run_dir, total_steps, run, stage, tracker, resumed_step)
         code = 1
         try:
-            state = checkpoint.load() if checkpoint else None
-            code = train(model, samples, eval_samples, flags, run, metrics, checkpoints, state)
+            resumed = [checkpoint.load()] if checkpoint else [None]
+            stopped = train(model, samples, eval_samples, flags, run, metrics, checkpoints, resumed.pop())
             with run.together():
                 checkpoints.close()
+                if failure := metrics.take_error():
+                    raise failure
+            code = stopped
         except RuntimeError as error:
-            raise (explained(error) or error) from None
+            if told := explained(error):
+                raise told from None
+            raise
         finally:
             metrics.close()
             if run.is_main:
@@ -129,23 +135,35 @@ def build_model(flags: TrainingFlags, base: Path | None) -> tuple[MiniMindForCau
 
 
 def find_checkpoint(resume: str, folder: Path, run: Runtime) -> Checkpoint | None:
-    """What --resume names; every rank gets the same one."""
-    if resume not in ("auto", "never"):
+    """What --resume names; every rank gets the same one.
+
+    Ranks that torchrun has started again go on with what this run has done, whatever --resume says.
+    """
+    (restarts,) = run.sum(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))  # agents count differently
+    if resume == "never" and not restarts:
+        with run.together():
+            if run.is_main and folder.exists():  # removed once the new run begins
+                shutil.rmtree(replaced(folder), ignore_errors=True)
+                folder.rename(replaced(folder))
+        return None
+    if resume not in ("auto", "never") and not (restarts and folder.exists()):
         checkpoint = read_checkpoint(Path(resume))
         if checkpoint is None or not checkpoint.intact():
             raise UserError(
                 f"--resume {resume}: not the folder of an intact checkpoint, such as {folder}/step-1000"
             )
         return checkpoint
-    # A worker that torchrun has started again goes on with what the one before it did.
-    if resume == "never" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-        return None
     step = -1.0
     with run.together():
         if run.is_main and (newest := Checkpoints(folder, 1, is_main=False).newest_intact()):
             step = newest.about["step"]
     (step,) = run.sum(step if run.is_main else 0)
     return read_checkpoint(folder / f"step-{step:.0f}") if step >= 0 else None
+
+
+def replaced(folder: Path) -> Path:
+    """Where the checkpoints of a run go that is to be started over."""
+    return folder.with_name(f"{folder.name}.replaced")
 
 
 def open_samples(

@@ -87,7 +87,7 @@ class Checkpoints:
         self.pending: Future | None = None
         self.failure: Exception | None = None
         for unfinished in folder.glob(".step-*") if is_main else ():  # of a process that was killed
-            shutil.rmtree(unfinished)
+            shutil.rmtree(unfinished, ignore_errors=True)
 
     def save(self, state: dict[str, Any], finished: bool) -> None:
         """Starts to write a state, whose tensors must not change any more, after the one before."""
@@ -131,7 +131,7 @@ class Checkpoints:
                     raise
                 write()
         for old in self.newest_first()[self.keep :]:
-            shutil.rmtree(old.folder)
+            remove(old.folder)
 
     def _write_state(self, state: dict[str, Any], about: dict[str, Any]) -> None:
         name = f"step-{about['step']}"
@@ -147,7 +147,7 @@ class Checkpoints:
             about = {**about, "sha256": digest, "number": number}
             write_json(temporary / "state.json", about)
             if (self.folder / name).exists():  # of a run that went on from an earlier step
-                shutil.rmtree(self.folder / name)
+                remove(self.folder / name)
             temporary.rename(self.folder / name)
             flush_folder(self.folder)
         except BaseException as error:
@@ -161,7 +161,7 @@ class Checkpoints:
         old = self.newest_first()[1:]
         if old:
             log.warning("warning: the disk is full; removing the oldest checkpoint, %s", old[-1].folder)
-            shutil.rmtree(old[-1].folder)
+            remove(old[-1].folder)
         return bool(old)
 
     def newest_first(self) -> list[Checkpoint]:
@@ -193,10 +193,6 @@ class Checkpoints:
             )
         return intact
 
-    def clear(self) -> None:
-        """Removes all checkpoints: a run that starts over must not be taken for the old one."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
 
 def read_checkpoint(folder: Path) -> Checkpoint | None:
     """None where there is no `state.json` with the fields that resuming needs."""
@@ -206,6 +202,13 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
     except (OSError, ValueError, AttributeError):
         return None
     return Checkpoint(folder, about) if complete else None
+
+
+def remove(folder: Path) -> None:
+    """Removes a checkpoint; killed in between, half of it is not taken for a whole one."""
+    doomed = folder.with_name(f".{folder.name}.old")
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def is_full(error: BaseException | None) -> bool:

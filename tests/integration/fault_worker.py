@@ -9,10 +9,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import train_pretrain_vlm
-import trainer.loop
+import trainer.learner
 from trainer.cli import run_main
 
-backward = trainer.loop.backward
+backward = trainer.learner.backward
 
 
 def failing(forward, micro_batches, totals, autocast, scaler, runtime):
@@ -21,5 +21,5 @@ def failing(forward, micro_batches, totals, autocast, scaler, runtime):
     return backward(forward, micro_batches, totals, autocast, scaler, runtime)
 
 
-trainer.loop.backward = failing
+trainer.learner.backward = failing
 run_main(train_pretrain_vlm.main)

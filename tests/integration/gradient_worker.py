@@ -14,7 +14,8 @@ from dataset.collate import StepDataset, StepSampler
 from dataset.vlm_dataset import VLMDataset
 from trainer.arguments import TrainingFlags
 from trainer.distributed import runtime
-from trainer.loop import backward, count, distribute
+from trainer.learner import backward, distribute
+from trainer.loop import count
 from trainer.setup import build_vlm, set_trainable
 from trainer.tokenizer import load_tokenizer
 

@@ -101,7 +101,7 @@ def test_a_run_stopped_at_random_moments_has_the_same_bits(data, tmp_path, run, 
     for turn, number in enumerate(signals):
         training = Training(long_run(data, out, *epochs))
         before = steps_of(out)
-        assert training.wait_for(lambda before=before: steps_of(out) not in (0, before)), training.end()
+        assert training.wait_for(lambda before=before: steps_of(out) > before), training.end()
         if turn % 3 == 0:
             assert training.wait_for(lambda: any(saves.glob(".step-*")))
         else:
@@ -222,7 +222,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_listed(data, tmp_path,
     assert len(listed) == 2 and all(len(line["rows"]) == 2 for line in listed)
     (bad,) = set(listed[0]["rows"]) & set(listed[1]["rows"])
     lines = records(tmp_path / "out", NAME)
-    assert lines[-1]["bad_steps"] == 2 and sum(line["loss"] == 0 for line in lines) == 2
+    assert lines[-1]["bad_steps"] == 2 and sum(line["loss"] is None for line in lines) == 2
     assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "out" / f"{NAME}.pth").values())
     digests = json.loads(shard.with_suffix(".json").read_text())
     picture = data / "images" / f"{int(bad.split(':')[1]) - 1}.png"

@@ -88,15 +88,14 @@ def test_torchrun_passes_sigterm_on_and_sigusr1_goes_to_the_workers(data, tmp_pa
     training = Training([*TWO, *long_run(data, out, "--epochs", 100_000, "--save_interval", 10**6)])
     assert training.wait_for(lambda: steps_of(out) > 3)
     assert not saves.exists()
-    for worker in workers(training):
-        os.kill(worker, signal.SIGUSR1)
+    os.kill(workers(training)[1], signal.SIGUSR1)  # one is enough
     assert training.wait_for(lambda: any(saves.glob("step-*")))
     done = steps_of(out)
     assert training.wait_for(lambda: steps_of(out) > done + 2)
     os.kill(training.process.pid, signal.SIGTERM)  # the agent alone
     code, errors = training.end()
-    assert code == 1, errors  # the agent's; the workers ended with 143
-    assert "exitcode  : 143" in errors or "-15" in errors or "SIGTERM" in errors
+    assert code == 1, errors  # the agent's own
+    assert json.loads((saves.parent / "summary.json").read_text())["exit_code"] == 143
     sidecar = json.loads((out / f"{NAME}.json").read_text())
     assert sidecar["step"] == steps_of(out) and len(weights(out / f"{NAME}.pth")) > 10
 
