@@ -1,7 +1,7 @@
 """What takes an optimizer step: model, optimizer and scaler, and the gradient of a global batch.
 
-A step's loss is the mean over the supervised tokens of all micro-batches of all ranks, plus the auxiliary loss
-averaged over their rows, however they are split. B rows, T tokens.
+A step's loss is the mean over the supervised tokens of all micro-batches of all ranks, plus the auxiliary
+loss averaged over their rows, however they are split.
 """
 
 import contextlib

@@ -91,8 +91,8 @@ def run_stage(flags: TrainingFlags, stage: str, bases: tuple[str, ...]) -> int:
         metrics = Metrics(run_dir, total_steps, run, stage, tracker, resumed_step)
         code = 1
         try:
-            resumed = [checkpoint.load()] if checkpoint else [None]
-            stopped = train(model, samples, eval_samples, flags, run, metrics, checkpoints, resumed.pop())
+            parts = model, samples, eval_samples, flags, run, metrics, checkpoints
+            stopped = train(*parts, checkpoint.load() if checkpoint else None)
             with run.together():
                 checkpoints.close()
                 if failure := metrics.take_error():

@@ -208,6 +208,17 @@ def test_bad_pictures_are_skipped_counted_and_listed(data, tmp_path, run):
     assert sum(line["skipped_rows"] for line in records(tmp_path / "out", NAME)) == 2
 
 
+def test_a_broken_picture_in_the_evaluation_does_not_cost_what_was_learnt(data, tmp_path, run):
+    rows = (data / "captions.jsonl").read_text().splitlines()
+    (data / "eval.jsonl").write_text(rows[5] + "\n")
+    (data / "captions.jsonl").write_text("\n".join(rows[:5]) + "\n")
+    (data / "images/5.png").write_bytes(b"no picture")
+    flags = ["--batch_size", 2, "--eval_data_path", data / "eval.jsonl", "--eval_interval", 2]
+    result = run(*pretrain(data, tmp_path / "out", *flags, "--on_bad_sample", "error"), expect=1)
+    assert "eval.jsonl:1: cannot read image" in error_line(result)
+    assert json.loads((tmp_path / "out" / f"{NAME}.json").read_text())["step"] == 2
+
+
 def test_a_step_that_is_not_finite_changes_nothing_and_is_listed(data, tmp_path, run):
     """One picture's features are not numbers."""
     flags = ["--batch_size", 2, "--epochs", 2, "--cache_features", tmp_path / "features"]
