@@ -28,7 +28,7 @@ STEPS = 9
 class StoppingMetrics(Metrics):
     """As if a SIGTERM came during step `stop_at`."""
 
-    stop_at = STEPS
+    stop_at = STEPS + 1
 
     def step(self, step: int, *args, **kwargs) -> None:
         super().step(step, *args, **kwargs)
@@ -36,7 +36,7 @@ class StoppingMetrics(Metrics):
             self.runtime.stop_code = 143
 
 
-def learn(data: Path, out: Path, processor, flags: dict, config: dict, stop_at: int = STEPS) -> dict:
+def learn(data: Path, out: Path, processor, flags: dict, config: dict, stop_at: int = STEPS + 1) -> dict:
     """Trains for STEPS steps or up to the one after `stop_at`, from the checkpoint in `out` if there is one;
     returns the weights."""
     run = Runtime(torch.device("cpu"))
@@ -86,10 +86,10 @@ def losses(out: Path) -> list[tuple]:
 )
 def test_resume_gives_the_same_bits(data, tmp_path, processor, flags, config):
     whole = learn(data, tmp_path / "whole", processor, flags, config)
-    # Steps 3 and 7: in the middle of an epoch and of a line of metrics; 3 before an evaluation that is due.
-    for stop_at in (2, 6, STEPS - 1, STEPS):
+    # In the middle of an epoch, of a line of metrics and of an evaluation (6), and before others (3 and 9).
+    for stop_at, stopped in ((2, 3), (6, 6), (STEPS - 1, STEPS), (STEPS + 1, STEPS)):
         parts = learn(data, tmp_path / "parts", processor, flags, config, stop_at)
-        assert read_steps(tmp_path / "parts")[0] == min(stop_at + 1, STEPS)
+        assert read_steps(tmp_path / "parts")[0] == stopped
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 8
     assert all(torch.equal(parts[name], whole[name]) for name in whole)
 
@@ -99,7 +99,8 @@ def test_fp16_scale_is_part_of_the_state(data, tmp_path, processor):
     state = Checkpoints(tmp_path / "checkpoints", 2, False).newest_intact().load()
     assert state["progress"]["step"] == 3
     state["scaler"]["scale"] = 8.0
-    model = MiniMindVLM(VLMConfig(**SIZES), None)
+    model = MiniMindVLM(VLMConfig(**SIZES), TINY_ENCODER)
+    set_trainable(model, "proj_llm")
     for dtype, scale in (("float16", 8.0), ("float32", 1.0)):
         learner = Learner(model, VLMTrainingFlags(data_path=["x"], dtype=dtype), Runtime(torch.device("cpu")))
         learner.restore(state)

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from dataset.collate import StepDataset, StepSampler
 from dataset.vlm_dataset import VLMDataset
 from trainer.arguments import TrainingFlags
-from trainer.distributed import Runtime, ignore_signals
+from trainer.distributed import Runtime, ignore_signals, signals_held
 
 COMPILED_MULTIPLE = 32  # lengths are rounded up to it, so that few of them have to be compiled for
 
@@ -38,8 +38,9 @@ def planned_steps(sampler: StepSampler, flags: TrainingFlags) -> int:
 def step_loader(
     samples: VLMDataset, sampler: StepSampler, flags: TrainingFlags, runtime: Runtime
 ) -> Iterator:
-    """Fetches whole steps: each item is a step's list of micro-batches, or the DataError that it met."""
-    return DataLoader(
+    """Fetches what is left of the sampler's epoch: each item is a step's list of micro-batches, or the
+    DataError that it met."""
+    loader = DataLoader(
         StepDataset(
             samples,
             samples.processor.tokenizer.pad_token_id,
@@ -54,3 +55,5 @@ def step_loader(
         pin_memory=runtime.device.type == "cuda",
         generator=torch.Generator().manual_seed(flags.seed),  # so that a run's own generator is left alone
     )
+    with signals_held():
+        return iter(loader)

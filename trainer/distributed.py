@@ -175,6 +175,17 @@ def ignore_signals(_worker: int) -> None:
     act on it. They end when it does."""
     for signum in (*STOP_SIGNALS, SAVE_SIGNAL):
         signal.signal(signum, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {*STOP_SIGNALS, SAVE_SIGNAL})
+
+
+@contextlib.contextmanager
+def signals_held():
+    """Signals wait until this is left: a data worker must not get one before it ignores them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {*STOP_SIGNALS, SAVE_SIGNAL})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def explained(error: RuntimeError) -> UserError | None:

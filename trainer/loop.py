@@ -37,7 +37,6 @@ def train(
     DataError (a row that is not usable) or a UserError (too many bad steps) ends it.
     """
     sampler = step_sampler(samples, flags, runtime)
-    loader = step_loader(samples, sampler, flags, runtime)
     total_steps = planned_steps(sampler, flags)
     learner = Learner(model, flags, runtime)
     progress = Progress()
@@ -68,7 +67,7 @@ def train(
     while progress.step < total_steps:
         sampler.set_epoch(progress.epoch, progress.epoch_step)
         checkpoints.wait()
-        for micro_batches in loader:
+        for micro_batches in step_loader(samples, sampler, flags, runtime):
             try:
                 failure = checkpoints.take_error() or metrics.take_error()
                 totals = count(failure or micro_batches, runtime)

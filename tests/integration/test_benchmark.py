@@ -34,6 +34,7 @@ def test_published_and_default_training_have_the_same_losses_for_fifty_steps(tmp
         assert modes["published"]["losses"][0][-1] < modes["published"]["losses"][0][0]
 
 
+@pytest.mark.slow
 def test_inference_and_the_printed_table(tmp_path: Path):
     report = tmp_path / "report.json"
     done = benchmark(*"--stages inference --repeats 2 --steps 2 --rows 8 --json".split(), str(report))
