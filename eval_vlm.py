@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 from transformers import TextStreamer
 
@@ -20,7 +19,7 @@ from model.processing_vlm import MiniMindVLMProcessor
 from trainer.arguments import DTYPES, flag, optional_flag
 from trainer.checkpoint import write_file
 from trainer.cli import UserError, parse_flags, run_main, user_errors
-from trainer.distributed import resolve_dtype, runtime
+from trainer.distributed import autocast, resolve_dtype, runtime
 from trainer.evaluation import (
     Question,
     encode_pictures,
@@ -107,7 +106,7 @@ def main() -> int:
         model.to(run.device)
         dtype = resolve_dtype(flags.dtype, run.device)
         log.info("%s on %s in %s", weight, run.device, str(dtype).removeprefix("torch."))
-        with torch.autocast(run.device.type, dtype, enabled=dtype != torch.float32):
+        with autocast(flags.dtype, run.device):
             if flags.score:
                 score_file(model, processor, questions, weight, flags)
             else:

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from dataset.errors import DataError
-from dataset.files import write_atomically
+from dataset.files import sha256_of, write_atomically
 from dataset.images import open_image
 from model.model_vlm import MiniMindVLM
 from model.processing_vlm import MiniMindVLMProcessor
@@ -154,7 +154,6 @@ def _to_stored(features: torch.Tensor, dtype: str) -> np.ndarray:
 
 def _file_digest(path: str, where: str) -> str:
     try:
-        with Path(path).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(Path(path))
     except OSError as error:
         raise DataError(f"{where}: cannot read image {path} ({error.strerror})") from None

@@ -1,5 +1,6 @@
-"""Writing files so that a reader finds the old content or the new, never half of it."""
+"""Writing files so that a reader finds the old content or the new, never half of it; and their digests."""
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Callable
@@ -24,6 +25,12 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     except BaseException:  # Ctrl-C too: the temporary file may be as large as the disk
         temporary.unlink(missing_ok=True)
         raise
+
+
+def sha256_of(path: Path) -> str:
+    """The digest of a file's content, in hexadecimal; OSError if it cannot be read."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def flush_folder(folder: Path) -> None:

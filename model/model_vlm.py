@@ -319,7 +319,7 @@ def load_weights(
         found[head] = found[embedding] = found.get(head, found.get(embedding))
     expected = model.state_dict()
     if not all(any(key.startswith("vision_encoder.") for key in keys) for keys in (found, expected)):
-        found, expected = _without_encoder(found), _without_encoder(expected)
+        found, expected = without_encoder(found), without_encoder(expected)
     problems = [
         f"{key} is missing" for key in expected.keys() - found.keys() if not key.startswith(allow_missing)
     ]
@@ -336,7 +336,8 @@ def load_weights(
     model.load_state_dict(found, strict=False)
 
 
-def _without_encoder(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def without_encoder(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What is stored of a model: the encoder never changes."""
     return {key: value for key, value in state_dict.items() if not key.startswith("vision_encoder.")}
 
 

@@ -40,7 +40,8 @@ from dataset.vlm_dataset import VLMDataset
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.processing_vlm import MiniMindVLMProcessor
 from trainer.arguments import VLMTrainingFlags
-from trainer.distributed import peak_memory_bytes, resolve_dtype, runtime
+from trainer.batches import planned_steps, step_sampler
+from trainer.distributed import autocast, peak_memory_bytes, resolve_dtype, runtime
 from trainer.evaluation import encode_pictures, encode_question, prepare, questions_of
 from trainer.loop import train
 from trainer.setup import DEFAULT_TOKENIZER, set_trainable, special_ids
@@ -256,7 +257,8 @@ class Bench:
         self.model.load_state_dict(self.initial, strict=False)  # every mode and repeat starts from the same
         self.flags.max_steps = max_steps
         steps = Steps()
-        train(self.model, samples, None, self.flags, self.run, steps, NoCheckpoints())
+        total_steps = planned_steps(step_sampler(samples, self.flags, self.run), self.flags)
+        train(self.model, samples, None, self.flags, self.run, steps, NoCheckpoints(), total_steps)
         return steps
 
     def samples(self, repeat: int) -> VLMDataset:
@@ -272,10 +274,9 @@ class Bench:
         """Answers of a fixed length: each question alone, or in batches."""
         questions = questions_of(self.samples(repeat).rows, "")
         size = 1 if self.mode == "published" else self.options.batch_size
-        dtype = resolve_dtype(self.flags.dtype, self.run.device)
         self.model.eval()
         start, tokens = time.perf_counter(), 0
-        with torch.autocast(self.run.device.type, dtype, enabled=dtype != torch.float32):
+        with autocast(self.flags.dtype, self.run.device):
             for first in range(0, len(questions), size):
                 batch = questions[first : first + size]
                 features = encode_pictures(self.model, self.processor, batch, size)

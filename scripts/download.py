@@ -8,7 +8,6 @@ renamed; an interrupted run therefore resumes, and what is already there is skip
 import argparse
 import fnmatch
 import glob
-import hashlib
 import json
 import re
 import shutil
@@ -32,6 +31,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dataset.files import sha256_of
 from trainer.cli import UserError
 
 CLIP_REPO = "openai/clip-vit-base-patch16"
@@ -363,10 +363,9 @@ def unpacked_folder(archive: Path) -> Path:
 
 
 def matches_digest(path: Path, digest: str) -> bool:
-    with path.open("rb") as stream:
-        if len(digest) == 64:
-            return hashlib.file_digest(stream, "sha256").hexdigest() == digest
-        return git_hash(stream.read()) == digest
+    if len(digest) == 64:
+        return sha256_of(path) == digest
+    return git_hash(path.read_bytes()) == digest
 
 
 def existing_folder(path: Path) -> Path:

@@ -57,7 +57,7 @@ def learn(data: Path, out: Path, processor, flags: dict, config: dict, stop_at: 
     metrics = StoppingMetrics(out, STEPS, run, "", resumed_step=newest.about["step"] if newest else 0)
     metrics.stop_at = stop_at
     state = newest.load() if newest else None
-    train(model, samples, samples, VLMTrainingFlags(**settings), run, metrics, checkpoints, state)
+    train(model, samples, samples, VLMTrainingFlags(**settings), run, metrics, checkpoints, STEPS, state)
     metrics.close()
     checkpoints.close()
     flags |= {"cached": cached}

@@ -15,6 +15,7 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from dataset.files import write_atomically
+from model.model_vlm import without_encoder
 from trainer.cli import UserError
 from trainer.tokenizer import load_tokenizer, tokenizer_fingerprint
 
@@ -37,14 +38,25 @@ def save_weights(path: Path, state: dict[str, torch.Tensor], sidecar: Sidecar) -
 
 def half_state(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A model's state dict in fp16 on the CPU, without the encoder; tied tensors stay one tensor."""
-    copies: dict[int, torch.Tensor] = {}
-    state = {}
-    for key, tensor in state_dict.items():
-        if not key.startswith("vision_encoder."):
-            state[key] = copies.setdefault(
-                tensor.data_ptr(), tensor.detach().to("cpu", torch.float16, copy=True)
-            )
-    return state
+    return cpu_copy(without_encoder(state_dict), torch.float16)
+
+
+def cpu_copy(value: Any, dtype: torch.dtype | None = None) -> Any:
+    """A nested state dict whose tensors are copies on the CPU, in `dtype` if one is given; a tensor that
+    stands in it twice stays one."""
+    copies: dict[tuple, torch.Tensor] = {}
+
+    def copy(part: Any) -> Any:
+        if isinstance(part, torch.Tensor):
+            key = (part.data_ptr(), part.shape, part.stride())
+            if part.numel() == 0 or key not in copies:
+                copies[key] = part.detach().to("cpu", dtype, copy=True)
+            return copies[key]
+        if isinstance(part, dict):
+            return {name: copy(inner) for name, inner in part.items()}
+        return [copy(inner) for inner in part] if isinstance(part, list) else part
+
+    return copy(value)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

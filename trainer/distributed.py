@@ -170,6 +170,12 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
+def autocast(name: str, device: torch.device) -> torch.autocast:
+    """The context in which a model runs in what `resolve_dtype` says."""
+    dtype = resolve_dtype(name, device)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
 def ignore_signals(_worker: int) -> None:
     """For data workers: a signal to the process group reaches them too, and only the training process is to
     act on it. They end when it does."""

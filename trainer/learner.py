@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from model.model_vlm import load_weights
+from model.model_vlm import load_weights, without_encoder
 from model.processing_vlm import image_slots
 from trainer.arguments import TrainingFlags
+from trainer.checkpoint import cpu_copy
 from trainer.cli import user_errors
-from trainer.distributed import Runtime, resolve_dtype
-from trainer.state import Progress, cpu_copy, generator_states, set_generator_states
+from trainer.distributed import Runtime, autocast, resolve_dtype
+from trainer.state import Progress, generator_states, set_generator_states
 
 log = logging.getLogger(__name__)
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "labels")
@@ -31,9 +32,9 @@ class Learner:
 
     def __init__(self, model: torch.nn.Module, flags: TrainingFlags, runtime: Runtime):
         self.model, self.flags, self.runtime = model, flags, runtime
-        dtype = resolve_dtype(flags.dtype, runtime.device)
-        self.autocast = torch.autocast(runtime.device.type, dtype, enabled=dtype != torch.float32)
-        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=dtype == torch.float16)
+        self.autocast = autocast(flags.dtype, runtime.device)
+        half = resolve_dtype(flags.dtype, runtime.device) == torch.float16
+        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=half)
         learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.names, self.learning = list(learning), list(learning.values())
         self.optimizer = torch.optim.AdamW(self.learning, lr=flags.learning_rate, fused=True)
@@ -79,7 +80,7 @@ class Learner:
 
     def state(self, progress: Progress) -> dict[str, Any]:
         """Copies on the CPU of everything that `restore` needs; every rank must call it."""
-        weights = {k: v for k, v in self.model.state_dict().items() if not k.startswith("vision_encoder.")}
+        weights = without_encoder(self.model.state_dict())
         own = {"model": weights, "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
         generators = self.runtime.gather(generator_states(self.runtime.device))
         copies = cpu_copy(own) if self.runtime.is_main else {}

@@ -12,9 +12,9 @@ from dataset.collate import StepSampler
 from dataset.errors import DataError
 from dataset.vlm_dataset import VLMDataset
 from trainer.arguments import TrainingFlags
-from trainer.batches import planned_steps, step_loader, step_sampler
+from trainer.batches import step_loader, step_sampler
 from trainer.cli import UserError
-from trainer.distributed import Runtime, resolve_dtype
+from trainer.distributed import Runtime, autocast
 from trainer.learner import Learner, model_inputs
 from trainer.metrics import Metrics
 from trainer.state import Checkpoints, Progress
@@ -28,16 +28,16 @@ def train(
     runtime: Runtime,
     metrics: Metrics,
     checkpoints: Checkpoints,
+    total_steps: int,
     resumed: dict[str, Any] | None = None,
 ) -> int:
-    """Trains `model` in place, from the state `resumed` if there is one, and returns the exit code: 0, or
-    that of the signal which ended the run.
+    """Trains `model` in place for `total_steps` (see `planned_steps`), counted from the beginning also where
+    there is a state `resumed` to go on from. Returns the exit code: 0, or that of the signal which ended it.
 
     The state is saved every `save_interval` steps, when a signal asks for it and at the end, also where a
     DataError (a row that is not usable) or a UserError (too many bad steps) ends it.
     """
     sampler = step_sampler(samples, flags, runtime)
-    total_steps = planned_steps(sampler, flags)
     learner = Learner(model, flags, runtime)
     progress = Progress()
     if resumed is not None:
@@ -149,7 +149,6 @@ def evaluate(
         shuffle=False,
         tokens_per_batch=flags.tokens_per_batch,
     )
-    dtype = resolve_dtype(flags.dtype, runtime.device)
     loss, tokens, skipped, stop_code = 0.0, 0, 0, 0
     model.eval()
     for micro_batches in step_loader(samples, sampler, flags, runtime):
@@ -157,7 +156,7 @@ def evaluate(
             break
         for batch in micro_batches:
             inputs = model_inputs(model, batch, runtime.device)
-            with torch.autocast(runtime.device.type, dtype, enabled=dtype != torch.float32):
+            with autocast(flags.dtype, runtime.device):
                 loss += float(model(**inputs, num_items_in_batch=1, skip_logits=True).loss)
             tokens += batch["supervised_tokens"]
             skipped += len(batch["skipped"])

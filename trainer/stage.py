@@ -49,9 +49,6 @@ def run_stage(flags: TrainingFlags, stage: str, bases: tuple[str, ...]) -> int:
         model, processor = build_model(flags, base)
         model.to(run.device)
         samples = open_samples(flags.data_path, model, processor, flags, run)
-        eval_samples = None
-        if flags.eval_data_path:
-            eval_samples = open_samples(flags.eval_data_path, model, processor, flags, run)
         settings = settings_of(flags, samples, run.world_size)
         total_steps = planned_steps(step_sampler(samples, flags, run), flags)
         arguments = dataclasses.asdict(flags)
@@ -67,6 +64,9 @@ def run_stage(flags: TrainingFlags, stage: str, bases: tuple[str, ...]) -> int:
                     write_weights(checkpoint.load()["model"], total_steps)
                 log.info("%s: done before, after %d steps; --resume never starts over", path, total_steps)
                 return 0
+        eval_samples = None
+        if flags.eval_data_path:
+            eval_samples = open_samples(flags.eval_data_path, model, processor, flags, run)
         learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
         log.info(
             "%s: %s rows, %.2fM weights learn, from %s, on %s x %d",
@@ -91,7 +91,7 @@ def run_stage(flags: TrainingFlags, stage: str, bases: tuple[str, ...]) -> int:
         metrics = Metrics(run_dir, total_steps, run, stage, tracker, resumed_step)
         code = 1
         try:
-            parts = model, samples, eval_samples, flags, run, metrics, checkpoints
+            parts = model, samples, eval_samples, flags, run, metrics, checkpoints, total_steps
             stopped = train(*parts, checkpoint.load() if checkpoint else None)
             with run.together():
                 checkpoints.close()

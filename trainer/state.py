@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from dataset.files import flush_folder
+from dataset.files import flush_folder, sha256_of
 from dataset.vlm_dataset import VLMDataset
 from trainer.arguments import TrainingFlags
 from trainer.checkpoint import write_file, write_json
@@ -58,8 +58,7 @@ class Checkpoint:
 
     def intact(self) -> bool:
         try:
-            with (self.folder / "state.pt").open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest() == self.about["sha256"]
+            return sha256_of(self.folder / "state.pt") == self.about["sha256"]
         except OSError:
             return False
 
@@ -140,11 +139,9 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             write_file(temporary / "state.pt", lambda file: torch.save(state, file))
-            with (temporary / "state.pt").open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
             newest = self.newest_first()[:1]
             number = newest[0].about["number"] + 1 if newest else 1  # clocks may be set back
-            about = {**about, "sha256": digest, "number": number}
+            about = {**about, "sha256": sha256_of(temporary / "state.pt"), "number": number}
             write_json(temporary / "state.json", about)
             if (self.folder / name).exists():  # of a run that went on from an earlier step
                 remove(self.folder / name)
@@ -249,23 +246,6 @@ def check_settings(checkpoint: Checkpoint, settings: dict[str, Any], override: b
     if not override:
         raise UserError(f"{what}; --resume never starts over, --resume_override goes on with the new ones")
     log.warning("warning: %s", what)
-
-
-def cpu_copy(value: Any) -> Any:
-    """A state dict whose tensors are copies on the CPU; a tensor that stands in it twice stays one."""
-    copies: dict[tuple, torch.Tensor] = {}
-
-    def copy(part: Any) -> Any:
-        if isinstance(part, torch.Tensor):
-            key = (part.data_ptr(), part.shape, part.stride())
-            if part.numel() == 0 or key not in copies:
-                copies[key] = part.detach().to("cpu", copy=True)
-            return copies[key]
-        if isinstance(part, dict):
-            return {name: copy(inner) for name, inner in part.items()}
-        return [copy(inner) for inner in part] if isinstance(part, list) else part
-
-    return copy(value)
 
 
 def generator_states(device: torch.device) -> torch.Tensor:
