@@ -11,12 +11,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import pytest
+from entry_points import ROOT, run_entry_point, start_server
 from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from model.processing_vlm import MiniMindVLMProcessor
 
-ROOT = Path(__file__).resolve().parents[1]
 TINY_ENCODER = ROOT / "tests/golden/clip"  # hidden 64, 196 patch tokens
 THINGS = ["cat", "red bus", "old clock", "tree", "dog", "boat", "cup", "bird"]
 
@@ -77,22 +77,31 @@ def data(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.fixture
-def run() -> Callable[..., subprocess.CompletedProcess]:
-    """Runs an entry point as users do, from the repository's root: run("eval_vlm.py", "--weight", path)."""
+@pytest.fixture(scope="session")
+def entry_points(own_cache: None) -> None:
+    start_server()
 
-    def run(
-        *command, expect: int | None = 0, timeout: float = 280, **env: str
-    ) -> subprocess.CompletedProcess:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", **env}
-        result = subprocess.run(
-            [sys.executable, *map(str, command)],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
+
+@pytest.fixture
+def run(entry_points: None, tmp_path_factory) -> Callable[..., subprocess.CompletedProcess]:
+    """Runs an entry point as users do, from the repository's root: run("eval_vlm.py", "--weight", path).
+
+    With `-m MODULE`, or with environment variables, it gets an interpreter of its own.
+    """
+
+    def run(*command, expect: int | None = 0, timeout: float = 280, **env) -> subprocess.CompletedProcess:
+        command = list(map(str, command))
+        if env or command[0] == "-m":
+            result = subprocess.run(
+                [sys.executable, *command],
+                cwd=ROOT,
+                env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+                capture_output=True,
+                text=True,
+                timeout=timeout,
+            )
+        else:
+            result = run_entry_point(command, tmp_path_factory.mktemp("output"), timeout)
         if expect is not None and result.returncode != expect:
             pytest.fail(f"exit code {result.returncode}, expected {expect}\n{result.stdout}\n{result.stderr}")
         return result

@@ -95,7 +95,8 @@ def test_three_stages_build_on_each_other(data, tmp_path, run):
 
 def test_one_seed_gives_one_result(data, tmp_path, run):
     for name in ("a", "b"):
-        run(*pretrain(data, tmp_path / name, "--batch_size", 3, "--use_moe", "--num_workers", 1))
+        command = pretrain(data, tmp_path / name, "--batch_size", 3, "--use_moe", "--num_workers", 1)
+        run(*command, PYTHONHASHSEED=str(ord(name)))
     run(*pretrain(data, tmp_path / "c", "--batch_size", 3, "--use_moe", "--seed", 1))
     a, b, c = ((tmp_path / name / "pretrain_vlm_64_moe.pth").read_bytes() for name in "abc")
     assert a == b != c
