@@ -1,0 +1,94 @@
+"""The next answer of a conversation about pictures, piece by piece while it is generated.
+
+Terminal and browser share it; what they show and keep is their own.
+Shapes: P tokens per image, W the encoder's width.
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+
+from model.model_vlm import MiniMindVLM
+from model.processing_vlm import MiniMindVLMProcessor
+from trainer.distributed import autocast
+from trainer.evaluation import prepare
+
+
+@dataclass
+class Sampling:
+    """`temperature` 0 takes the likeliest token; defaults as published."""
+
+    temperature: float = 0.65
+    top_p: float = 0.85
+    max_new_tokens: int = 512
+
+    def arguments(self) -> dict:
+        """What `generate` needs. The library would keep only the 50 likeliest tokens, which the release does not."""
+        if self.temperature == 0:
+            return {"do_sample": False, "max_new_tokens": self.max_new_tokens}
+        drawn = {"do_sample": True, "temperature": float(self.temperature), "top_p": self.top_p, "top_k": 0}
+        return {**drawn, "max_new_tokens": self.max_new_tokens}
+
+
+def encode_picture(model: MiniMindVLM, processor: MiniMindVLMProcessor, picture: Image.Image) -> torch.Tensor:
+    """The encoder's features of one picture, (P, W), on the model's device."""
+    pixel_values = processor.pixel_values([picture]).to(model.device)  # (1, 3, H, W)
+    return model.get_image_embeddings(pixel_values, model.vision_encoder)[0]
+
+
+def stream_answer(
+    model: MiniMindVLM,
+    processor: MiniMindVLMProcessor,
+    messages: Sequence[dict[str, str]],
+    features: Sequence[torch.Tensor],
+    sampling: Sampling,
+    dtype: str = "auto",
+) -> Iterator[str]:
+    """Pieces of the assistant's next answer to `messages`, whose pictures' features (P, W) come in their order.
+
+    An iteration that is given up (`close()`) stops the generation within a token.
+
+    Raises:
+        ValueError: before the first piece, where `<image>` markers and pictures differ in number.
+    """
+    named = {str(number): tensor for number, tensor in enumerate(features)}
+    prompt = processor.encode_prompt(messages, len(features))
+    inputs = prepare(processor, [prompt], [list(named)], named).to(model.device)
+    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    given_up = _GivenUp()
+    failure: list[BaseException] = []
+
+    def generate() -> None:
+        try:
+            with autocast(dtype, model.device):
+                model.generate(
+                    **inputs,
+                    **sampling.arguments(),
+                    streamer=streamer,
+                    stopping_criteria=StoppingCriteriaList([given_up]),
+                )
+        except BaseException as error:  # told to the one who iterates
+            failure.append(error)
+            streamer.end()
+
+    thread = threading.Thread(target=generate)
+    thread.start()
+    try:
+        yield from (piece for piece in streamer if piece)
+    finally:
+        given_up.event.set()
+        thread.join()
+    if failure:
+        raise failure[0]
+
+
+class _GivenUp(StoppingCriteria):
+    def __init__(self) -> None:
+        self.event = threading.Event()
+
+    def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
+        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
