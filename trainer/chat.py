@@ -27,7 +27,7 @@ class Sampling:
     max_new_tokens: int = 512
 
     def arguments(self) -> dict:
-        """What `generate` needs. The library would keep only the 50 likeliest tokens, which the release does not."""
+        """What `generate` needs; the library alone would keep only the 50 likeliest tokens, unlike the release."""
         if self.temperature == 0:
             return {"do_sample": False, "max_new_tokens": self.max_new_tokens}
         drawn = {"do_sample": True, "temperature": float(self.temperature), "top_p": self.top_p, "top_k": 0}
@@ -48,7 +48,7 @@ def stream_answer(
     sampling: Sampling,
     dtype: str = "auto",
 ) -> Iterator[str]:
-    """Pieces of the assistant's next answer to `messages`, whose pictures' features (P, W) come in their order.
+    """Pieces of the next answer to `messages`; `features` are their pictures, each (P, W), in their order.
 
     An iteration that is given up (`close()`) stops the generation within a token.
 
