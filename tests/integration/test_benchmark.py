@@ -52,3 +52,19 @@ def test_fewer_rows_than_the_steps_need_is_a_usage_error():
     assert done.returncode == 2
     assert "--rows 3 is less than --steps x --batch_size" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_scaling_alone_measures_every_point_anew(tmp_path: Path):
+    report = tmp_path / "report.json"
+    done = benchmark(*"--stages --scaling --scaling_rows 100 200 --steps 2 --json".split(), str(report))
+    assert done.returncode == 0, done.stderr
+    sections = json.loads(report.read_text())["scaling"]
+    assert [(point["rows"], point["start"]) for point in sections["rows"]] == [
+        (rows, start) for rows in (100, 200) for start in ("first", "later")
+    ]
+    one, two = sections["ranks"]
+    assert (one["ranks"], two["ranks"]) == (1, 2)
+    assert one["samples_per_second"] != two["samples_per_second"]
+    longest = sections["length"][-1]
+    assert longest["tokens"] == 2048 and longest["seconds"] > sections["length"][0]["seconds"]
