@@ -313,6 +313,9 @@ class Steps(list):
     def report(self, *_: Any) -> None:
         pass
 
+    def take_error(self) -> None:
+        pass
+
     def state(self) -> dict:
         return {}
 
