@@ -52,26 +52,41 @@ def read(path: Path) -> list[dict[str, float | None]]:
 
 def draw(runs: dict[str, list[dict[str, float | None]]], out: Path) -> None:
     """One panel below the other, a colour for each run; a value that is None leaves a gap."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise UserError("plotting needs the package matplotlib: pip install matplotlib") from None
-    panels = dict(PANELS)
-    if any(record.get("aux_loss") for records in runs.values() for record in records):
-        panels["aux_loss"] = "auxiliary loss"
-    figure = Figure(figsize=(9, 3 * len(panels)), layout="constrained")
+    figure_class = import_figure()
+    panels = panels_of(runs)
+    figure = figure_class(figsize=(9, 3 * len(panels)), layout="constrained")
     for axes, (name, title) in zip(figure.subplots(len(panels), sharex=True), panels.items(), strict=True):
-        for number, (label, records) in enumerate(runs.items()):
-            style = {"color": f"C{number}", "marker": "." if len(records) < 50 else None}
-            axes.plot(*curve(records, name), label=label, **style)
-            if name == "loss" and any("eval_loss" in record for record in records):
-                axes.plot(*curve(records, "eval_loss"), label=f"{label}, eval", linestyle="--", **style)
+        draw_panel(axes, runs, name)
         axes.set_ylabel(title)
-        axes.grid(alpha=0.3)
     figure.axes[0].legend()
     figure.axes[-1].set_xlabel("optimizer step")
     with user_errors(f"--out {out}: cannot be written"):
         figure.savefig(out, format="png", dpi=120)
+
+
+def import_figure() -> type:
+    """matplotlib's Figure. UserError where the package is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise UserError("plotting needs the package matplotlib: pip install matplotlib") from None
+    return Figure
+
+
+def panels_of(runs: dict[str, list[dict[str, float | None]]]) -> dict[str, str]:
+    """Names and titles of the figures that these runs have curves for."""
+    has_aux_loss = any(record.get("aux_loss") for records in runs.values() for record in records)
+    return PANELS | ({"aux_loss": "auxiliary loss"} if has_aux_loss else {})
+
+
+def draw_panel(axes, runs: dict[str, list[dict[str, float | None]]], name: str) -> None:
+    """The curves of one figure; beside the loss stands the validation loss, dashed."""
+    for number, (label, records) in enumerate(runs.items()):
+        style = {"color": f"C{number}", "marker": "." if len(records) < 50 else None}
+        axes.plot(*curve(records, name), label=label, **style)
+        if name == "loss" and any("eval_loss" in record for record in records):
+            axes.plot(*curve(records, "eval_loss"), label=f"{label}, eval", linestyle="--", **style)
+    axes.grid(alpha=0.3)
 
 
 def curve(records: list[dict[str, float | None]], name: str) -> tuple[list[float], list[float]]:

@@ -63,10 +63,12 @@ stage blank $out/report_blank.json \
     $score --data_path $data/eval_unseen.jsonl --blank_images --report $out/report_blank.json
 stage export $out/hf/model.safetensors convert_to_hf.py --weight $out/sft_vlm_$hidden.pth --out $out/hf
 step "report" .venv/bin/python scripts/demo_report.py --out_dir $out
+step "page" .venv/bin/python scripts/report.py $out/runs/sft_vlm_$hidden --out $out/report.html
 
 cat <<END
 
 Ask it yourself:
   .venv/bin/python eval_vlm.py --weight $out/sft_vlm_$hidden.pth --image dataset/eval_images/drawing_tiger.png --prompt "What is this?"
 Its transformers folder is $out/hf, all figures are in $out/report.json.
+See how it learnt, in a browser: $PWD/$out/report.html
 END

@@ -16,7 +16,8 @@ from conftest import ROOT
 
 from trainer.evaluation import Question, score
 
-STAGES = ["lm", "pretrain", "sft", "seen", "unseen", "blank", "export"]  # data and report always run
+STAGES = ["lm", "pretrain", "sft", "seen", "unseen", "blank", "export"]
+LAST = ["report", "page"]  # they always run, as data does
 PARTS = {  # one small file stands for all those that a pattern of quickstart.sh names
     "code": ["model/a.py", "dataset/a.py", "trainer/a.py", "scripts/a.py", "a.py"],
     "encoder": ["model/tokenizer/tokenizer.json", "model/vision_model/demo-encoder/model.safetensors"],
@@ -285,7 +286,7 @@ def test_quickstart_runs_every_stage_in_order(finished_once):
     copy, result = finished_once
 
     assert result.returncode == 0, result.stderr
-    assert started(result) == ["packages", "data", *STAGES, "report"]
+    assert started(result) == ["packages", "data", *STAGES, *LAST]
     assert [args[0] for name, *args in copy.log if name == "python" and args[0] != "-m"] == [
         "scripts/make_demo_data.py",
         "scripts/train_lm.py",
@@ -294,7 +295,9 @@ def test_quickstart_runs_every_stage_in_order(finished_once):
         *["eval_vlm.py"] * 3,
         "convert_to_hf.py",
         "scripts/demo_report.py",
+        "scripts/report.py",
     ]
+    assert f"in a browser: {copy.path('out/demo/report.html')}\n" in result.stdout
 
 
 def test_quickstart_runs_nothing_twice(finished: Copy):
@@ -302,7 +305,7 @@ def test_quickstart_runs_nothing_twice(finished: Copy):
     result = finished.quickstart()
 
     assert result.returncode == 0, result.stderr
-    assert started(result) == ["data", "report"]
+    assert started(result) == ["data", *LAST]
     assert skipped(result) == STAGES
     assert finished.path("out/demo/done/data").read_text() == seconds
 
@@ -311,7 +314,7 @@ def test_quickstart_runs_nothing_twice(finished: Copy):
     ("stage", "fail"), [("data", "make_demo_data"), ("sft", "train_sft"), ("blank", "--blank_images")]
 )
 def test_quickstart_goes_on_from_the_stage_that_failed(fresh: Copy, stage, fail):
-    stages = ["data", *STAGES, "report"]
+    stages = ["data", *STAGES, *LAST]
     failed = fresh.quickstart(FAIL=fail)
     again = fresh.quickstart()
 
@@ -327,14 +330,14 @@ def test_quickstart_goes_on_after_ctrl_c(fresh: Copy):
     again = fresh.quickstart()
 
     assert stopped.returncode == 130
-    assert started(again) == ["data", *STAGES[STAGES.index("sft") :], "report"]
+    assert started(again) == ["data", *STAGES[STAGES.index("sft") :], *LAST]
 
 
 @pytest.mark.parametrize("name", [*PARTS["code"], *PARTS["encoder"], "drawings"])
 def test_quickstart_redoes_what_another_code_encoder_or_data_made(finished: Copy, name):
     finished.write(name, "changed\n")
 
-    assert started(finished.quickstart()) == ["data", *STAGES, "report"]
+    assert started(finished.quickstart()) == ["data", *STAGES, *LAST]
 
 
 @pytest.mark.parametrize(
@@ -352,14 +355,14 @@ def test_quickstart_redoes_a_missing_output_and_what_follows(finished: Copy, out
     (found,) = finished.path("out/demo").glob(output)
     found.unlink()
 
-    assert started(finished.quickstart()) == ["data", *STAGES[STAGES.index(stage) :], "report"]
+    assert started(finished.quickstart()) == ["data", *STAGES[STAGES.index(stage) :], *LAST]
 
 
 def test_quickstart_redoes_a_stage_with_other_flags_and_what_follows(finished: Copy):
     script = finished.path("scripts/quickstart.sh").read_text(encoding="utf-8")
     finished.write("scripts/quickstart.sh", script.replace("train_sft_vlm.py ", "train_sft_vlm.py --seed 1 "))
 
-    assert started(finished.quickstart()) == ["data", *STAGES[STAGES.index("sft") :], "report"]
+    assert started(finished.quickstart()) == ["data", *STAGES[STAGES.index("sft") :], *LAST]
 
 
 def test_quickstart_lets_a_stopped_training_go_on_unless_its_flags_change(fresh: Copy):

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Checks that lmms-eval runs on an exported folder: bash scripts/test_lmms_eval.sh [ENVIRONMENT]
+# Makes an environment of its own (.venv-lmms, 2.5 GB), trains a model of twelve rows, has lmms-eval score it on a
+# local task in POPE's format without network, and compares with the known score.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+venv=${1:-.venv-lmms}
+folder=out/lmms_eval_test
+lmms_eval=0.7.3
+uv=0.13.9
+torch=$(sed -n 's/^torch==//p' constraints.txt)
+transformers=$(sed -n 's/^transformers==//p' constraints.txt)
+
+if [ "$(cat "$venv/installed" 2>/dev/null)" != "$lmms_eval $torch $transformers" ]; then
+    echo "== packages into $venv: about 1 GB of downloads"
+    ${PYTHON:-python3} -m venv --clear "$venv"
+    pip="$venv/bin/python -m pip install --quiet"
+    # lmms-eval wants no particular torch; without this it would come with CUDA.
+    $pip "torch==$torch+cpu" 2>/dev/null || {
+        $pip "uv==$uv"
+        "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" --torch-backend cpu "torch==$torch" torchvision
+    }
+    $pip "lmms-eval==$lmms_eval" "transformers==$transformers"
+    # The default package index has torchvision for CUDA only, which does not load beside a CPU build of torch.
+    # Nothing here needs it, and transformers would stumble over a broken one.
+    "$venv/bin/python" -c "import torchvision" 2>/dev/null || "$venv/bin/python" -m pip uninstall --quiet -y torchvision
+    echo "$lmms_eval $torch $transformers" >"$venv/installed"
+fi
+
+export HF_HUB_OFFLINE=1
+rm -rf "$folder"
+echo "== model and task"
+"$venv/bin/python" scripts/lmms_eval_local_task.py make "$folder"
+echo "== lmms-eval"
+"$venv/bin/python" scripts/lmms_eval_model.py --model minimind_v --model_args "pretrained=$folder/hf" \
+    --tasks pope_local --include_path "$folder/task" --batch_size 5 --device cpu \
+    --output_path "$folder/results" --log_samples
+echo "== score"
+"$venv/bin/python" scripts/lmms_eval_local_task.py check "$folder"
