@@ -86,7 +86,7 @@ def main() -> None:
     batch_sizes = {stage: options.batch_size or BATCH_SIZES[stage] for stage in options.stages}
     if min(options.repeats, options.steps, *batch_sizes.values()) < 1:
         parser.error("--repeats, --steps and --batch_size must be at least 1")
-    if options.rows < options.steps * max(batch_sizes.values()):
+    if options.rows < options.steps * max(batch_sizes.values(), default=0):
         parser.error(f"--rows {options.rows} is less than --steps x --batch_size")
 
     report: dict[str, Any] = {"options": vars(options) | {"batch_size": batch_sizes}, "stages": {}}
@@ -311,6 +311,9 @@ class Steps(list):
         self.append(sums)
 
     def report(self, *_: Any) -> None:
+        pass
+
+    def take_error(self) -> None:
         pass
 
     def state(self) -> dict:

@@ -11,7 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import pytest
-from entry_points import ROOT, run_entry_point, start_server
+from entry_points import ROOT, EntryPoint, start_server
 from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer
 
@@ -77,34 +77,39 @@ def data(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.fixture(scope="session")
-def entry_points(own_cache: None) -> None:
-    start_server()
-
-
-@pytest.fixture
-def run(entry_points: None, tmp_path_factory) -> Callable[..., subprocess.CompletedProcess]:
-    """Runs an entry point as users do, from the repository's root: run("eval_vlm.py", "--weight", path).
+def start(command: list, own_session: bool = False, **env: str) -> EntryPoint | subprocess.Popen:
+    """Starts an entry point as users do, from the repository's root: start(["eval_vlm.py", "--score"]).
 
     With `-m MODULE`, or with environment variables, it gets an interpreter of its own.
     """
+    command = list(map(str, command))
+    if not env and command[0] != "-m":
+        start_server()
+        return EntryPoint(command, own_session)
+    return subprocess.Popen(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=own_session,
+    )
+
+
+@pytest.fixture
+def run() -> Callable[..., subprocess.CompletedProcess]:
+    """Runs an entry point to its end: run("eval_vlm.py", "--weight", path)."""
 
     def run(*command, expect: int | None = 0, timeout: float = 280, **env) -> subprocess.CompletedProcess:
-        command = list(map(str, command))
-        if env or command[0] == "-m":
-            result = subprocess.run(
-                [sys.executable, *command],
-                cwd=ROOT,
-                env={**os.environ, "OMP_NUM_THREADS": "1", **env},
-                capture_output=True,
-                text=True,
-                timeout=timeout,
-            )
-        else:
-            result = run_entry_point(command, tmp_path_factory.mktemp("output"), timeout)
-        if expect is not None and result.returncode != expect:
-            pytest.fail(f"exit code {result.returncode}, expected {expect}\n{result.stdout}\n{result.stderr}")
-        return result
+        process = start(command, **env)
+        try:
+            stdout, stderr = process.communicate(timeout=timeout)
+        finally:
+            process.kill()
+        if expect is not None and process.returncode != expect:
+            pytest.fail(f"exit code {process.returncode}, expected {expect}\n{stdout}\n{stderr}")
+        return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
 
     return run
 

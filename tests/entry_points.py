@@ -9,6 +9,7 @@ import os
 import runpy
 import subprocess
 import sys
+import tempfile
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -20,7 +21,7 @@ CONTEXT.set_forkserver_preload(
 
 
 def start_server() -> None:
-    """Once per test session; what is in the environment now, every entry point finds."""
+    """Does nothing where it runs already; what is in the environment at first, every entry point finds."""
     kept = {name: os.environ.get(name) for name in ("PYTHONPATH", "OMP_NUM_THREADS")}
     os.environ.update(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
     forkserver.ensure_running()
@@ -31,25 +32,42 @@ def start_server() -> None:
             os.environ[name] = value
 
 
-def run_entry_point(command: list[str], output: Path, timeout: float) -> subprocess.CompletedProcess:
-    """`command` begins with the script, relative to the repository's root; its output is kept in `output`.
+class EntryPoint:
+    """A running one, with the part of `subprocess.Popen` that the tests use.
 
-    Raises:
-        subprocess.TimeoutExpired: it was killed, after `timeout` seconds.
+    `command` begins with the script, relative to the repository's root; `own_session` is that of a terminal.
     """
-    streams = [output / "stdout", output / "stderr"]
-    process = CONTEXT.Process(target=_entry_point, args=(command, streams))
-    process.start()
-    process.join(timeout)
-    if process.is_alive():
-        process.kill()
-        raise subprocess.TimeoutExpired(command, timeout)
-    return subprocess.CompletedProcess(
-        command, process.exitcode, *(stream.read_text(encoding="utf-8") for stream in streams)
-    )
+
+    def __init__(self, command: list[str], own_session: bool = False):
+        self.output = tempfile.TemporaryDirectory()
+        self.streams = [Path(self.output.name) / name for name in ("stdout", "stderr")]
+        self.process = CONTEXT.Process(target=_entry_point, args=(command, self.streams, own_session))
+        self.process.start()
+        self.pid = self.process.pid
+        self.terminate, self.kill = self.process.terminate, self.process.kill
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.exitcode
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def communicate(self, timeout: float) -> tuple[str, str]:
+        """stdout and stderr, once it has ended. subprocess.TimeoutExpired after `timeout` seconds."""
+        self.process.join(timeout)
+        if self.process.is_alive():
+            raise subprocess.TimeoutExpired("", timeout)
+        stdout, stderr = (path.read_text("utf-8") if path.exists() else "" for path in self.streams)
+        return stdout, stderr
 
 
-def _entry_point(command: list[str], streams: list[Path]) -> None:
+def _entry_point(command: list[str], streams: list[Path], own_session: bool) -> None:
+    if own_session:
+        os.setsid()
     for descriptor, stream in enumerate(streams, start=1):
         os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     os.environ.pop("PYTHONPATH")

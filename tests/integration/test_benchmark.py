@@ -3,25 +3,31 @@
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
+import dataset.collate
+from trainer.distributed import runtime
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import benchmark
+
 TINY = "--hidden_size 64 --num_hidden_layers 2 --vision_layers 1 --batch_size 2 --dtype float32".split()
 
 
-def benchmark(*arguments: str) -> subprocess.CompletedProcess:
+def measure(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "scripts/benchmark.py"), *TINY, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=280)
+    return subprocess.run(command, capture_output=True, text=True, timeout=800)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_published_and_default_training_have_the_same_losses_for_fifty_steps(tmp_path: Path):
     report = tmp_path / "report.json"
-    done = benchmark(
-        *"--stages pretrain sft moe --repeats 1 --steps 50 --rows 100 --json".split(), str(report)
-    )
+    done = measure(*"--stages pretrain sft moe --repeats 1 --steps 50 --rows 100 --json".split(), str(report))
     assert done.returncode == 0, done.stderr
     stages = json.loads(report.read_text())["stages"]
     for stage in ("pretrain", "sft", "moe"):
@@ -37,7 +43,7 @@ def test_published_and_default_training_have_the_same_losses_for_fifty_steps(tmp
 @pytest.mark.slow
 def test_inference_and_the_printed_table(tmp_path: Path):
     report = tmp_path / "report.json"
-    done = benchmark(*"--stages inference --repeats 2 --steps 2 --rows 8 --json".split(), str(report))
+    done = measure(*"--stages inference --repeats 2 --steps 2 --rows 8 --json".split(), str(report))
     assert done.returncode == 0, done.stderr
     modes = json.loads(report.read_text())["stages"]["inference"]
     for mode in ("published", "default"):
@@ -47,8 +53,37 @@ def test_inference_and_the_printed_table(tmp_path: Path):
         assert f"{modes[mode]['peak_memory_bytes'] / 1e9:.2f} GB" in done.stdout
 
 
-def test_fewer_rows_than_the_steps_need_is_a_usage_error():
-    done = benchmark("--rows", "3", "--steps", "2")
-    assert done.returncode == 2
+def test_a_repeat_trains_and_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """In this process, for the mode that changes nothing but the collate function."""
+    monkeypatch.setattr("dataset.collate.collate", dataset.collate.collate)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "vision_layers": 1, "batch_size": 2}
+    options = Namespace(**sizes, rows=8, steps=2, repeats=1, dtype="float32", compile=False)
+    benchmark.write_rows(tmp_path, "sft", options)
+    with runtime("cpu", 0) as run:
+        found = benchmark.Bench("sft", "default", tmp_path, options, run).measure(0)
+    assert len(found["losses"]) == 2 and all(8 < loss < 9.5 for loss in found["losses"])  # about ln 6400
+    assert 0 <= found["padding"] < 0.2
+    assert found["tokens_per_second"] > 200 * found["samples_per_second"]  # a picture alone has 196
+
+
+def test_fewer_rows_than_the_steps_need_is_a_usage_error(run):
+    done = run("scripts/benchmark.py", "--rows", 3, "--steps", 2, expect=2)
     assert "--rows 3 is less than --steps x --batch_size" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_scaling_alone_measures_every_point_anew(tmp_path: Path):
+    report = tmp_path / "report.json"
+    done = measure(*"--stages --scaling --scaling_rows 100 200 --steps 2 --json".split(), str(report))
+    assert done.returncode == 0, done.stderr
+    sections = json.loads(report.read_text())["scaling"]
+    assert [(point["rows"], point["start"]) for point in sections["rows"]] == [
+        (rows, start) for rows in (100, 200) for start in ("first", "later")
+    ]
+    one, two = sections["ranks"]
+    assert (one["ranks"], two["ranks"]) == (1, 2)
+    assert one["samples_per_second"] != two["samples_per_second"]
+    longest = sections["length"][-1]
+    assert longest["tokens"] == 2048 and longest["seconds"] > sections["length"][0]["seconds"]

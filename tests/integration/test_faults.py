@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, TINY_ENCODER
+from conftest import ROOT, TINY, TINY_ENCODER, start
 from test_training import error_line, pretrain, records, weights
 
 from trainer.state import Checkpoints
@@ -32,14 +32,7 @@ class Training:
     """A training process, in a session of its own as a terminal would start it."""
 
     def __init__(self, command: list, **env: str):
-        self.process = subprocess.Popen(
-            [sys.executable, *map(str, command)],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **env},
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+        self.process = start(command, own_session=True, **env)
 
     def wait_for(self, happened, seconds: float = 120) -> bool:
         """Until `happened()`; False if the process has ended before."""
@@ -92,7 +85,7 @@ SLOW = [pytest.mark.slow, pytest.mark.timeout(900)]
 )
 def test_a_run_stopped_at_random_moments_has_the_same_bits(data, tmp_path, run, signals):
     """Every third time while a state is being written."""
-    epochs = ["--epochs", 20 + 10 * len(signals)]
+    epochs = ["--epochs", 10 + 5 * len(signals)]
     run(*long_run(data, tmp_path / "whole", *epochs))
     out = tmp_path / "out"
     saves = out / "runs" / NAME / "checkpoints"

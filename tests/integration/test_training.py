@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, TINY_ENCODER, write_rows
+from conftest import ROOT, TINY, TINY_ENCODER, start, write_rows
 
 METRICS = {
     *("step", "epoch", "loss", "aux_loss", "learning_rate", "grad_norm", "samples_per_second"),
@@ -157,8 +157,7 @@ def test_rows_without_an_answer_left_are_counted(data, tmp_path, run):
 def test_signals_end_with_saved_weights(data, tmp_path, number, code):
     """The signal goes to the whole process group, data workers included, as terminals do it."""
     out = tmp_path / "out"
-    command = [sys.executable, *map(str, pretrain(data, out, "--epochs", 100_000, "--num_workers", 1))]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = start(pretrain(data, out, "--epochs", 100_000, "--num_workers", 1), own_session=True)
     metrics = out / "runs/pretrain_vlm_64/metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.is_file() and metrics.read_text().count("\n") > 2):
@@ -316,14 +315,13 @@ def test_weights_that_do_not_fit_are_refused(data, tmp_path, run):
 def test_weights_are_saved_on_the_way(data, tmp_path):
     """Killed without a chance to save, a run leaves the weights of its last --save_interval."""
     out = tmp_path / "out"
-    command = [*map(str, pretrain(data, out, "--epochs", 100_000, "--save_interval", 2))]
-    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stderr=subprocess.DEVNULL)
+    process = start(pretrain(data, out, "--epochs", 100_000, "--save_interval", 2))
     deadline = time.monotonic() + 120
     while not (out / "pretrain_vlm_64.json").is_file():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     process.kill()
-    process.wait()
+    process.communicate(timeout=60)
     assert json.loads((out / "pretrain_vlm_64.json").read_text())["step"] % 2 == 0
     assert len(weights(out / "pretrain_vlm_64.pth")) > 10
 
