@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Checks that lmms-eval runs on an exported folder: bash scripts/test_lmms_eval.sh [ENVIRONMENT]
-# Makes an environment of its own (.venv-lmms, 2.5 GB), trains a model of twelve rows, has lmms-eval score it on a
-# local task in POPE's format without network, and compares with the known score.
+# Makes an environment of its own (.venv-lmms, 2.5 GB), trains a model of eighteen rows, has lmms-eval score it
+# without network on local tasks in POPE's and MMMU's format, and compares with the known scores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -16,12 +16,12 @@ if [ "$(cat "$venv/installed" 2>/dev/null)" != "$lmms_eval $torch $transformers"
     echo "== packages into $venv: about 1 GB of downloads"
     ${PYTHON:-python3} -m venv --clear "$venv"
     pip="$venv/bin/python -m pip install --quiet"
-    # lmms-eval wants no particular torch; without this it would come with CUDA.
     $pip "torch==$torch+cpu" 2>/dev/null || {
         $pip "uv==$uv"
         "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" --torch-backend cpu "torch==$torch" torchvision
     }
-    $pip "lmms-eval==$lmms_eval" "transformers==$transformers"
+    # Without torch in this command too, the newest torchvision would bring another one, with CUDA.
+    $pip "lmms-eval==$lmms_eval" "torch==$torch" "transformers==$transformers"
     # The default package index has torchvision for CUDA only, which does not load beside a CPU build of torch.
     # Nothing here needs it, and transformers would stumble over a broken one.
     "$venv/bin/python" -c "import torchvision" 2>/dev/null || "$venv/bin/python" -m pip uninstall --quiet -y torchvision
@@ -30,11 +30,11 @@ fi
 
 export HF_HUB_OFFLINE=1
 rm -rf "$folder"
-echo "== model and task"
+echo "== model and tasks"
 "$venv/bin/python" scripts/lmms_eval_local_task.py make "$folder"
 echo "== lmms-eval"
 "$venv/bin/python" scripts/lmms_eval_model.py --model minimind_v --model_args "pretrained=$folder/hf" \
-    --tasks pope_local --include_path "$folder/task" --batch_size 5 --device cpu \
+    --tasks pope_local,mmmu_local --include_path "$folder/tasks" --batch_size 5 --device cpu \
     --output_path "$folder/results" --log_samples
-echo "== score"
+echo "== scores"
 "$venv/bin/python" scripts/lmms_eval_local_task.py check "$folder"
