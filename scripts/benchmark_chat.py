@@ -1,8 +1,8 @@
 """How long somebody waits who asks about one picture: until the first token, and from token to token.
 
     python scripts/benchmark_chat.py
-Random weights, fp32 on a CPU, one stream, greedy. What is timed is all that a chat does: the picture is prepared
-and encoded, the prompt is read, tokens are generated.
+Random weights, fp32 on a CPU, one stream, greedy. What is timed is all that a chat does: the picture is
+prepared and encoded, the prompt is read, tokens are generated.
 """
 
 import argparse

@@ -65,7 +65,7 @@ class TerminalChat:
         self.commands = {
             "/image": self.add,
             "/drop": self.drop,
-            "/images": self.list,
+            "/images": self.list_pictures,
             "/reset": self.reset,
             "/save": self.save,
             "/help": lambda _: print(HELP),
@@ -122,7 +122,7 @@ class TerminalChat:
             before += len(pieces) - 1
         print(f"dropped {picture.path.name}")
 
-    def list(self, _: str) -> None:
+    def list_pictures(self, _: str) -> None:
         shown = self.shown()
         for number, picture in enumerate(self.pictures, start=1):
             print(f"{number}: {picture.path}{'' if number <= shown else ' (for the next question)'}")

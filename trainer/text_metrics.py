@@ -54,7 +54,7 @@ def figures(columns: np.ndarray) -> np.ndarray:
     sums = columns.sum(axis=0)
     counts, totals = np.split(sums[MEANS : MEANS + 2 * NGRAMS], 2)
     lengths = sums[MEANS + 2 * NGRAMS :].astype(int)
-    bleu = BLEU.compute_bleu(list(counts), list(totals), *lengths, effective_order=True).score
+    bleu = BLEU.compute_bleu(list(counts), list(totals), *lengths, "exp", effective_order=True).score
     return np.array([*sums[:MEANS] / len(columns), bleu])
 
 
