@@ -27,7 +27,7 @@ class Sampling:
     max_new_tokens: int = 512
 
     def arguments(self) -> dict:
-        """What `generate` needs. Left alone it would keep only the 50 likeliest tokens; the release does not."""
+        """What `generate` needs. Left alone it would keep 50 tokens at most; the release does not."""
         if self.temperature == 0:
             return {"do_sample": False, "max_new_tokens": self.max_new_tokens}
         drawn = {"do_sample": True, "temperature": float(self.temperature), "top_p": self.top_p, "top_k": 0}

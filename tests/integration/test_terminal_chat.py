@@ -60,7 +60,7 @@ def test_conversation_in_a_terminal(world, terminal, tmp_path):
     assert RED_CELL in process.before and "picture 1: red.png" in process.before
     assert "\r\nIt is red.\r\n" in say(process, "What colour is this?")
     assert "\r\nred\r\n" in say(process, "And in one word?"), "the turn before is known"
-    assert re.search(r"And in one word\?.*\r\nred", say(process, "\x1b[A"), re.DOTALL), "arrow up"
+    assert "And in one word?\r\n" in say(process, "\x1b[A"), "arrow up"
 
     assert "forgotten" in say(process, "/reset")
     say(process, f"/image {images}/blue.png")
