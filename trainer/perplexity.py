@@ -58,7 +58,7 @@ def perplexity_table(found: dict[str, dict[str, Any]]) -> str:
     for name, figures in found.items():
         blank = f"{figures['blank']['perplexity']:.3f}" if figures.get("blank") else "-"
         shown = f"{figures['loss']:.4f}", f"{figures['perplexity']:.3f}", blank
-        lines.append([Path(name).name, str(figures["tokens"]), *shown])
+        lines.append([name, str(figures["tokens"]), *shown])
     return aligned(lines)
 
 

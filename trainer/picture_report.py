@@ -90,13 +90,12 @@ def write_picture_report(
         for question, said in zip(questions, answers, strict=True)
     ]
     expected = any(question.expected for question in questions)
-    several = len(names) > 1
-    said = list(names) if several else ["answer"]
+    answered_by = list(names) if len(names) > 1 else ["answer"]
     text = (html_environment() if html else markdown_environment()).from_string(HTML if html else MARKDOWN)
     page = text.render(
         title="Answers about pictures",
         about=f"{len(questions)} questions, answered by {', '.join(names)}.",
-        head=["picture", "question", *(["expected"] if expected else []), *said],
+        head=["picture", "question", *(["expected"] if expected else []), *answered_by],
         rows=rows,
         expected=expected,
     )

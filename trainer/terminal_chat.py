@@ -236,3 +236,5 @@ def read_line() -> str | None:
     except KeyboardInterrupt:
         print()
         raise
+    except UnicodeDecodeError as error:
+        raise UserError(f"stdin: not text in UTF-8 ({error})") from None

@@ -65,8 +65,11 @@ def resampled(columns: Sequence[np.ndarray], seed: int = 1337) -> np.ndarray:
     """
     n = len(columns[0])
     generator = np.random.default_rng(seed)
-    drawn = [generator.integers(0, n, n) for _ in range(RESAMPLES)]
-    return np.array([[figures(of_model[rows]) for rows in drawn] for of_model in columns])
+    samples = np.empty((len(columns), RESAMPLES, len(METRICS)))
+    for number in range(RESAMPLES):
+        rows = generator.integers(0, n, n)
+        samples[:, number] = [figures(of_model[rows]) for of_model in columns]
+    return samples
 
 
 def interval(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
