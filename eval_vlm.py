@@ -1,51 +1,45 @@
-"""Asks a trained model about pictures, or scores it on a file of questions; see --help for every flag.
+"""Asks trained models about pictures, chats about them, or scores them on a file of questions; see --help.
 
-Without pictures or a file it describes the shipped ones in dataset/eval_images/.
+Without pictures or a file the shipped ones in dataset/eval_images/ are described.
 """
 
-import json
 import logging
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tqdm import tqdm
 from transformers import TextStreamer
 
 from dataset.rows import load_rows
-from model.model_vlm import MiniMindVLM
-from model.processing_vlm import MiniMindVLMProcessor
 from trainer.arguments import DTYPES, flag, optional_flag
-from trainer.checkpoint import write_file
+from trainer.ask import Answer, Speaker, ask
+from trainer.chat import Sampling
+from trainer.checkpoint import write_json
 from trainer.cli import UserError, parse_flags, run_main, user_errors
-from trainer.distributed import autocast, resolve_dtype, runtime
-from trainer.evaluation import (
-    Question,
-    encode_pictures,
-    encode_question,
-    greedy_answers,
-    prepare,
-    questions_of,
-    score,
-    table,
-)
+from trainer.distributed import Runtime, autocast, resolve_dtype, runtime
+from trainer.evaluation import Question, questions_of
 from trainer.setup import load_vlm
 
 log = logging.getLogger(__name__)
 SHIPPED_PICTURES = "dataset/eval_images"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+PAGES = (".html", ".md")
 PUBLISHED_NAME = Path("out/sft_vlm_512.pth")
 DEMO_FOLDER = Path("out/demo")
+DEFAULT_PROMPT = "Describe the picture."
 
 
 @dataclass
 class EvalFlags:
     """ValueError names flags that contradict each other, or a value that makes no sense."""
 
-    weight: str | None = optional_flag(
-        "a .pth, the name of one in out/, or an exported folder; "
-        f"if not given: {PUBLISHED_NAME}, else the newest sft_vlm_*.pth in {DEMO_FOLDER}/"
+    weight: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "a .pth, the name of one in out/, or an exported folder; several are compared; "
+            f"if not given: {PUBLISHED_NAME}, else the newest sft_vlm_*.pth in {DEMO_FOLDER}/",
+            "action": "extend",
+        },
     )
     image: list[str] = field(
         default_factory=list,
@@ -54,13 +48,21 @@ class EvalFlags:
     image_dir: str | None = optional_flag(
         f"folder whose pictures are asked about one by one; if not given: {SHIPPED_PICTURES}"
     )
-    prompt: str = flag("Describe the picture.", "question about --image or --image_dir")
+    prompt: str = flag(DEFAULT_PROMPT, "question about --image or --image_dir")
+    chat: bool = flag(False, "talk about pictures in the terminal, beginning with --image; /help tells how")
     data_path: str | None = optional_flag("JSONL or JSON file whose questions are asked instead")
     images_path: str = flag("", "folder that relative image paths of --data_path start from")
     score: bool = flag(False, "greedy answers to --data_path, compared with the file's own")
+    perplexity: bool = flag(False, "how well --data_path's own answers, or texts, are expected")
     blank_images: bool = flag(False, "with --score: show mid-grey pictures instead, as an ablation")
-    report: str | None = optional_flag("with --score: JSON file for the figures and every answer")
-    batch_size: int = flag(32, "questions answered at once with --score")
+    blank_baseline: bool = flag(
+        True, "with --score and --perplexity: do it all again with mid-grey pictures, as a baseline"
+    )
+    report: str | None = optional_flag(
+        "with --score or --perplexity: JSON file for all figures and answers; otherwise a page of pictures "
+        "and answers, .html or .md"
+    )
+    batch_size: int = flag(32, "questions answered at once with --score, rows with --perplexity")
     temperature: float = flag(0.65, "of sampling; 0 takes the likeliest token. --score is always greedy")
     top_p: float = flag(0.85, "probability mass that sampling draws from")
     max_new_tokens: int = flag(512, "longest answer in tokens; --score stops by the file's own answers")
@@ -76,15 +78,7 @@ class EvalFlags:
     seed: int = flag(1337, "seed of sampling")
 
     def __post_init__(self) -> None:
-        sources = [name for name in ("image", "image_dir", "data_path") if getattr(self, name)]
-        if len(sources) > 1:
-            raise ValueError(f"--{' and --'.join(sources)} exclude each other")
-        needs = {"score": "data_path", "images_path": "data_path", "blank_images": "score", "report": "score"}
-        for name, needed in needs.items():
-            if getattr(self, name) and not getattr(self, needed):
-                raise ValueError(f"--{name} needs --{needed}")
-        if self.score and self.stream:
-            raise ValueError("--stream is for a chat, not for --score")
+        self.check_modes()
         for name in ("batch_size", "max_new_tokens"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name} must be above 0, found {getattr(self, name)}")
@@ -94,90 +88,130 @@ class EvalFlags:
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top_p must be above 0 and at most 1, found {self.top_p}")
 
+    def check_modes(self) -> None:
+        needs = {
+            "score": "data_path",
+            "perplexity": "data_path",
+            "images_path": "data_path",
+            "blank_images": "score",
+        }
+        for name, needed in needs.items():
+            if getattr(self, name) and not getattr(self, needed):
+                raise ValueError(f"--{name} needs --{needed}")
+        exclusive = ("image", "image_dir", "data_path"), ("score", "perplexity", "chat")
+        exclusive += tuple(("chat", name) for name in ("image_dir", "data_path", "report"))
+        for names in exclusive:
+            if len(given := [name for name in names if getattr(self, name)]) > 1:
+                raise ValueError(f"--{' and --'.join(given)} exclude each other")
+        if self.chat and self.prompt != DEFAULT_PROMPT:
+            raise ValueError("--prompt is not for --chat: type it there")
+        measures = self.score or self.perplexity
+        if measures and self.stream:
+            raise ValueError("--stream shows answers; --score and --perplexity do not")
+        if self.report and measures == (Path(self.report).suffix.lower() in PAGES):
+            expected = "JSON, not a page" if measures else "a .html or .md file, or --score for JSON"
+            raise ValueError(f"--report {self.report}: expected {expected}")
+
 
 def main() -> int:
     flags = parse_flags(EvalFlags, __doc__)
-    weight = flags.weight or default_weight()
-    questions = list(find_questions(flags))
+    weights = flags.weight or [default_weight()]
+    questions = [] if flags.perplexity or flags.chat else list(find_questions(flags))
+    check_images(flags.image)
     if flags.report:
         check_report(Path(flags.report))
-    with runtime(flags.device, flags.seed) as run:
-        model, processor = load_vlm(weight, flags.vision_model_path, flags.tokenizer_path)
-        model.to(run.device)
-        dtype = resolve_dtype(flags.dtype, run.device)
-        log.info("%s on %s in %s", weight, run.device, str(dtype).removeprefix("torch."))
-        with autocast(flags.dtype, run.device):
-            if flags.score:
-                score_file(model, processor, questions, weight, flags)
-            else:
-                chat(model, processor, questions, flags)
+    with runtime(flags.device, flags.seed) as run, autocast(flags.dtype, run.device):
+
+        def load(weight: str) -> Speaker:
+            model, processor = load_vlm(weight, flags.vision_model_path, flags.tokenizer_path)
+            dtype = str(resolve_dtype(flags.dtype, run.device)).removeprefix("torch.")
+            log.info("%s on %s in %s", weight, run.device, dtype)
+            return Speaker(weight, model.to(run.device), processor)
+
+        if flags.score:
+            score_file(weights, load, questions, flags)
+        elif flags.perplexity:
+            measure_file(weights, load, flags, run)
+        elif flags.chat:
+            chat([load(weight) for weight in weights], flags)
+        else:
+            ask_all([load(weight) for weight in weights], questions, flags)
     return 0
 
 
-def chat(
-    model: MiniMindVLM, processor: MiniMindVLMProcessor, questions: list[Question], flags: EvalFlags
-) -> None:
-    """Prints each question and the model's answer, sampled unless the temperature is 0."""
-    streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    sampling = {"do_sample": False}
-    if flags.temperature > 0:
-        # The library would keep only the 50 likeliest tokens as well, which the release does not.
-        sampling = {"do_sample": True, "temperature": flags.temperature, "top_p": flags.top_p, "top_k": 0}
+def sampling(flags: EvalFlags) -> Sampling:
+    return Sampling(flags.temperature, flags.top_p, flags.max_new_tokens)
+
+
+def chat(speakers: list[Speaker], flags: EvalFlags) -> None:
+    from trainer.terminal_chat import TerminalChat
+
+    TerminalChat(speakers, sampling(flags), flags.dtype).run(flags.image)
+
+
+def ask_all(speakers: list[Speaker], questions: list[Question], flags: EvalFlags) -> None:
+    """Prints each question and every model's answer, and writes --report."""
+    answers = []
     for question in questions:
-        features = encode_pictures(model, processor, [question])
-        inputs = prepare(processor, [encode_question(processor, question)], [question.images], features)
         if question.images:
             print(f"image:  {', '.join(Path(path).name for path in question.images)}")
         print(f"prompt: {question.text}")
-        print("answer: ", end="", flush=True)
-        start = time.perf_counter()
-        with user_errors(question.where):
-            output = model.generate(
-                **inputs.to(model.device),
-                **sampling,
-                max_new_tokens=flags.max_new_tokens,
-                streamer=streamer if flags.stream else None,
-            )  # (1, T + new)
-        seconds = time.perf_counter() - start
-        new = output[0, inputs["input_ids"].shape[1] :]  # (new,)
-        if not flags.stream:
-            print(processor.tokenizer.decode(new, skip_special_tokens=True))
+        answers.append([ask_one(speaker, question, flags, len(speakers) > 1) for speaker in speakers])
         print(flush=True)
-        log.info("%d tokens in %.2f s (%.1f tokens/s)", len(new), seconds, len(new) / seconds)
+    if flags.report:
+        from trainer.picture_report import write_picture_report
+
+        names = [speaker.name for speaker in speakers]
+        write_picture_report(Path(flags.report), questions, answers, names)
+        log.info("%s: written", flags.report)
+
+
+def ask_one(speaker: Speaker, question: Question, flags: EvalFlags, named: bool) -> Answer:
+    tokenizer = speaker.processor.tokenizer
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if flags.stream else None
+    print(f"{speaker.name}: " if named else "answer: ", end="", flush=True)
+    answer = ask(speaker, question, sampling(flags), streamer)
+    if not flags.stream:
+        print(answer.text, flush=True)
+    rate = answer.tokens_per_second
+    log.info("%d tokens in %.2f s (%.1f tokens/s)", answer.tokens, answer.seconds, rate)
+    return answer
 
 
 def score_file(
-    model: MiniMindVLM,
-    processor: MiniMindVLMProcessor,
-    questions: list[Question],
-    weight: str,
-    flags: EvalFlags,
+    weights: list[str], load: Callable[[str], Speaker], questions: list[Question], flags: EvalFlags
 ) -> None:
-    """Answers all questions greedily, prints accuracies, and writes --report."""
-    answers = [""] * len(questions)
-    answered = greedy_answers(model, processor, questions, flags.batch_size, flags.blank_images)
-    start = time.perf_counter()
-    with tqdm(total=len(questions), unit=" questions", smoothing=0) as bar:
-        for index, answer in answered:
-            answers[index] = answer
-            bar.update()
-    seconds = time.perf_counter() - start
-    report = score(questions, answers)
-    pictures = ", blank pictures" if flags.blank_images else ""
-    print(f"{flags.data_path}{pictures}")
-    print(table(report))
-    ids = processor.tokenizer(answers, add_special_tokens=False)["input_ids"]
-    tokens = len(answers) + sum(map(len, ids))  # each with its end
-    print(
-        f"{len(questions)} questions in {seconds:.1f} s "
-        f"({len(questions) / seconds:.1f} questions/s, {tokens / seconds:.1f} tokens/s)"
-    )
+    """Answers all questions greedily, prints the figures, and writes --report."""
+    from trainer.scoring import comparison_tables, measure, report_of, score_model, score_table
+
+    scored = []
+    for weight in weights:  # one model in memory at a time
+        found = score_model(
+            load(weight), questions, flags.batch_size, flags.blank_images, flags.blank_baseline
+        )
+        scored.append(found)
+    measured = measure(scored)
+    print(f"{flags.data_path}{', blank pictures' if flags.blank_images else ''}")
+    print(score_table(scored[0], measured) if len(scored) == 1 else comparison_tables(scored, measured))
+    for one in scored:
+        print(one.speed if len(scored) == 1 else f"{one.name}: {one.speed}")
     if flags.report:
+        report = report_of(scored, measured)
         answered = report.pop("questions")
-        report |= {"blank_images": flags.blank_images, "weight": weight, "data_path": flags.data_path}
-        report["questions"] = answered  # last, because they are long
-        text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
-        write_file(Path(flags.report), lambda file: file.write(text.encode()))
+        report |= {"blank_images": flags.blank_images, "weight": weights[0], "data_path": flags.data_path}
+        write_json(Path(flags.report), report | {"questions": answered})  # last, because they are long
+
+
+def measure_file(weights: list[str], load: Callable[[str], Speaker], flags: EvalFlags, run: Runtime) -> None:
+    """Prints the perplexity of --data_path, and writes --report."""
+    from trainer.perplexity import perplexity, perplexity_table
+
+    data = (flags.data_path, flags.images_path, flags.batch_size, flags.dtype)
+    found = {weight: perplexity(load(weight), *data, run, flags.blank_baseline) for weight in weights}
+    print(perplexity_table(found))
+    if flags.report:
+        models = [{"weight": weight, **figures} for weight, figures in found.items()]
+        write_json(Path(flags.report), {"data_path": flags.data_path, "models": models})
 
 
 def find_questions(flags: EvalFlags) -> Iterator[Question]:
@@ -189,9 +223,6 @@ def find_questions(flags: EvalFlags) -> Iterator[Question]:
             raise UserError(f"{flags.data_path}: no question, expected user turns with an assistant's answer")
         yield from questions
     elif flags.image:
-        for path in flags.image:
-            if not Path(path).is_file():
-                raise UserError(f"--image {path}: no such file")
         yield Question("--image", [{"role": "user", "content": flags.prompt}], flags.image)
     else:
         folder = Path(flags.image_dir or SHIPPED_PICTURES)
@@ -202,6 +233,12 @@ def find_questions(flags: EvalFlags) -> Iterator[Question]:
             raise UserError(f"--image_dir {folder}: no picture, expected {', '.join(PICTURES)} files")
         for path in pictures:
             yield Question("--image_dir", [{"role": "user", "content": flags.prompt}], [str(path)])
+
+
+def check_images(paths: list[str]) -> None:
+    for path in paths:
+        if not Path(path).is_file():
+            raise UserError(f"--image {path}: no such file")
 
 
 def default_weight() -> str:

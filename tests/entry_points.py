@@ -16,7 +16,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["eval_vlm", "convert_to_hf", "trainer.stage", "transformers.models.clip.modeling_clip"]
+    [
+        "eval_vlm",
+        "convert_to_hf",
+        "trainer.scoring",
+        "trainer.stage",
+        "transformers.models.clip.modeling_clip",
+    ]
 )
 
 

@@ -1,6 +1,6 @@
 """Questions about pictures -> a model's answers, and answers -> accuracy.
 
-Chat and scoring share how a question becomes input; printing and flags are eval_vlm.py's.
+Chat and scoring share how a question becomes input; tables and intervals are scoring.py's.
 Shapes: B questions, T tokens, I most images of a question, P tokens per image, W the encoder's width.
 """
 
@@ -182,22 +182,6 @@ def summary(by_kind: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "n": total,
         "by_kind": by_kind,
     }
-
-
-def table(report: dict[str, Any]) -> str:
-    """A report's figures as aligned text, a line for each kind, then the mean over kinds and over all."""
-    majority = report["majority"]
-    lines = [
-        (name, kind["n"], kind["accuracy"], majority["by_kind"][name]["accuracy"])
-        for name, kind in report["by_kind"].items()
-    ]
-    lines.append(("mean of kinds", report["n"], report["mean_over_kinds"], majority["mean_over_kinds"]))
-    lines.append(("all questions", report["n"], report["accuracy"], majority["accuracy"]))
-    width = max(len(name) for name, *_ in lines)
-    head = f"{'kind':<{width}}  {'n':>6}  accuracy  majority"
-    return "\n".join(
-        [head, *(f"{name:<{width}}  {n:>6}  {right:>8.3f}  {most:>8.3f}" for name, n, right, most in lines)]
-    )
 
 
 def chunks(items: Sequence, size: int) -> Iterator[Sequence]:

@@ -53,6 +53,20 @@ def test_inference_and_the_printed_table(tmp_path: Path):
         assert f"{modes[mode]['peak_memory_bytes'] / 1e9:.2f} GB" in done.stdout
 
 
+@pytest.mark.slow
+def test_time_to_the_first_token_and_after_it(tmp_path: Path):
+    report = tmp_path / "report.json"
+    sizes = "--hidden_size 64 --num_hidden_layers 2 --vision_layers 1 --repeats 3 --tokens 5 --json".split()
+    command = [sys.executable, str(ROOT / "scripts/benchmark_chat.py"), *sizes, str(report)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(report.read_text())
+    assert all(len(values) == 3 for values in figures.values())
+    assert all(0 < share < 1 for share in figures["encoder_share"])
+    median = sorted(figures["tokens_per_second"])[1]
+    assert f"{median:.3f}" in done.stdout
+
+
 def test_a_repeat_trains_and_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """In this process, for the mode that changes nothing but the collate function."""
     monkeypatch.setattr("dataset.collate.collate", dataset.collate.collate)

@@ -5,76 +5,13 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-import torch
-from conftest import ROOT, TINY_ENCODER, write_rows
+from conftest import COLOURS, ROOT, row, write_rows
 from PIL import Image
 
 import eval_vlm
-from dataset.collate import collate
-from dataset.vlm_dataset import VLMDataset
-from trainer.checkpoint import describe, half_state, save_weights
 from trainer.cli import run_main
-from trainer.setup import build_vlm
-
-COLOURS = ("blue", "green", "red", "yellow")
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    """Four plain pictures, and eval.jsonl: colours, a follow-up, two pictures at once, a text question."""
-    folder = tmp_path_factory.mktemp("world")
-    (folder / "images").mkdir()
-    rows = []
-    for colour in COLOURS:
-        Image.new("RGB", (48, 40), colour).save(folder / f"images/{colour}.png")
-        turns = [("What colour is this?", f"It is {colour}."), ("And in one word?", colour)]
-        rows.append(row("colour", turns, f"{colour}.png"))
-    rows.append(row("two", [("Which colours?", "First red, then blue.")], "red.png, blue.png"))
-    rows.append(row("two", [("Which colours?", "First blue, then red.")], "blue.png, red.png"))
-    rows.append(row("", [("你好吗？", "我很好。")]))
-    write_rows(folder / "eval.jsonl", rows)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def weight(world, tokenizer) -> Path:
-    """A .pth with its sidecar that answers eval.jsonl rightly."""
-    torch.manual_seed(0)
-    config = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-    model, processor = build_vlm(config, str(TINY_ENCODER), tokenizer)
-    samples = VLMDataset([world / "eval.jsonl"], processor, 1000, world / "images")
-    batch = collate([samples[i] for i in range(len(samples))], tokenizer.pad_token_id)
-    pixel_values = batch["pixel_values"]  # (B, I, 3, H, W)
-    features = model.get_image_embeddings(pixel_values.flatten(0, 1), model.vision_encoder)
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels", "image_counts")}
-    inputs["image_features"] = features.unflatten(0, pixel_values.shape[:2])
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=8e-3)
-    for _ in range(300):
-        loss = model(**inputs).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if loss < 0.02:
-            break
-    assert loss < 0.02, "the fixture did not learn its few rows"
-    path = world / "weights/sft_vlm_64.pth"
-    save_weights(
-        path,
-        half_state(model.state_dict()),
-        describe(model, tokenizer, "sft_vlm", 1, {"vision_model_path": str(TINY_ENCODER)}),
-    )
-    return path
-
-
-def row(kind: str, turns: list[tuple[str, str]], image: str = "") -> dict:
-    roles = ("user", "assistant")
-    conversations = [
-        {"role": role, "content": text} for turn in turns for role, text in zip(roles, turn, strict=True)
-    ]
-    return {"image": image, "kind": kind, "conversations": conversations}
 
 
 def test_score_counts_what_the_model_gets_right(world, weight, run):
@@ -117,10 +54,24 @@ def test_score_counts_what_the_model_gets_right(world, weight, run):
     }
     assert (asked[-1]["answer"], asked[-1]["correct"]) == ("It is red.", False)
 
-    printed = [line.split() for line in result.stdout.splitlines()]
-    assert ["colour", "9", "0.889", "0.111"] in printed
-    assert ["all", "questions", "12", "0.917", "0.250"] in printed
-    assert "12/12" in result.stderr
+    blank = report["blank"]
+    assert blank["by_kind"]["(none)"] == {"accuracy": 1.0, "n": 1}, "what needs no eyes"
+    assert blank["by_kind"]["two"]["accuracy"] <= 0.5, "two equal questions with different answers"
+    exact = report["metrics"]["by_kind"]["colour"]["exact"]
+    assert exact["value"] == pytest.approx(8 / 9) and 0.5 < exact["low"] < 8 / 9 < exact["high"] == 1
+    assert list(report["metrics"]["by_kind"]["two"]["bleu"].values()) == pytest.approx([100.0] * 3)
+
+    lines = result.stdout.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert lines[1].split()[:9] == "kind n accuracy 95 % interval contains BLEU ROUGE-L".split()
+    printed = [line.split() for line in lines]
+    (colour,) = [line for line in printed if line[:1] == ["colour"]]
+    ends = f"{exact['low']:.3f}", f"{exact['high']:.3f}"
+    assert colour[1:6] == ["9", "0.889", ends[0], "to", ends[1]]
+    assert colour[-2:] == ["0.111", f"{blank['by_kind']['colour']['accuracy']:.3f}"]
+    (whole,) = [line for line in printed if line[:2] == ["all", "questions"]]
+    assert whole[2:4] == ["12", "0.917"] and whole[-2] == "0.250"
+    assert result.stderr.count("12/12") == 2, "once more with blank pictures"
 
 
 def test_blank_pictures_leave_only_what_needs_no_eyes(world, weight, run):
@@ -128,7 +79,7 @@ def test_blank_pictures_leave_only_what_needs_no_eyes(world, weight, run):
     report_path = world / "blank.json"
     run("eval_vlm.py", "--weight", weight, *where, "--score", "--blank_images", "--report", report_path)
     report = json.loads(report_path.read_text(encoding="utf-8"))
-    assert report["blank_images"] is True
+    assert report["blank_images"] is True and report["blank"] is None
     assert report["by_kind"]["(none)"]["accuracy"] == 1.0
     assert report["by_kind"]["two"]["accuracy"] <= 0.5, "two equal questions with different answers"
     first = [question for question in report["questions"] if question["question"] == "What colour is this?"]
@@ -245,11 +196,16 @@ def test_default_pictures_are_the_shipped_ones(tmp_path, monkeypatch, capsys, we
     [
         (["--score"], "--score needs --data_path"),
         (["--data_path", "x.jsonl", "--blank_images"], "--blank_images needs --score"),
-        (["--data_path", "x.jsonl", "--report", "r.json"], "--report needs --score"),
+        (["--data_path", "x.jsonl", "--report", "r.json"], "--report r.json: expected a .html or .md file"),
+        (["--data_path", "x.jsonl", "--score", "--report", "r.md"], "--report r.md: expected JSON"),
+        (["--perplexity"], "--perplexity needs --data_path"),
+        (["--data_path", "x", "--perplexity", "--score"], "--score and --perplexity exclude each other"),
+        (["--chat", "--image_dir", "."], "--chat and --image_dir exclude each other"),
+        (["--chat", "--prompt", "Hm?"], "--prompt is not for --chat"),
         (["--images_path", "images"], "--images_path needs --data_path"),
         (["--image", "a.png", "--data_path", "x.jsonl"], "--image and --data_path exclude each other"),
         (["--image", "a.png", "--image_dir", "."], "--image and --image_dir exclude each other"),
-        (["--data_path", "x.jsonl", "--score", "--stream"], "--stream is for a chat"),
+        (["--data_path", "x.jsonl", "--score", "--stream"], "--stream shows answers"),
         (["--temperature", "-0.1"], "--temperature must not be negative, found -0.1"),
         (["--top_p", "0"], "--top_p must be above 0 and at most 1, found 0.0"),
         (["--batch_size", "0"], "--batch_size must be above 0, found 0"),
