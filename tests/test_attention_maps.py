@@ -1,0 +1,109 @@
+"""The map of an answer is the attention that the model computes, compared with softmax(q k) written out."""
+
+import pytest
+import torch
+from conftest import TINY_ENCODER
+from PIL import Image
+
+from model.model_minimind import rotate
+from model.model_vlm import MiniMindVLM, VLMConfig
+from model.processing_vlm import MiniMindVLMProcessor
+from trainer.attention_maps import attention_to_patches
+from trainer.chat import encode_picture
+from trainer.evaluation import prepare
+from trainer.setup import special_ids
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer) -> MiniMindVLM:
+    torch.manual_seed(0)
+    config = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
+    model = MiniMindVLM(VLMConfig(**config, **special_ids(tokenizer)), TINY_ENCODER).eval()
+    with torch.no_grad():  # or all weights are nearly equal, and a wrong row would pass
+        model.vision_proj.vision_proj[0].weight *= 20
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight *= 20
+            layer.self_attn.k_proj.weight *= 20
+    return model
+
+
+def prepared(model, tokenizer, question: str, *colours: str):
+    processor = MiniMindVLMProcessor(model.processor, tokenizer)
+    pictures = [Image.linear_gradient("L").resize((40, 50)).convert("RGB") for _ in colours]
+    for picture, colour in zip(pictures, colours, strict=True):
+        picture.paste(colour, (0, 0, 20, 20))
+    features = {str(i): encode_picture(model, processor, picture) for i, picture in enumerate(pictures)}
+    prompt = processor.encode_prompt([{"role": "user", "content": question}], len(colours))
+    return prepare(processor, [prompt], [list(features)], features)
+
+
+@torch.no_grad()
+def plain_weights(model, inputs, new_ids) -> torch.Tensor:
+    """Every layer's and head's weights (L, H, S, S) over prompt and answer, S tokens, by the textbook."""
+    ids = torch.cat([inputs["input_ids"][0], new_ids])
+    seen = (
+        {name: inputs[name] for name in ("image_features", "image_counts")}
+        if "image_counts" in inputs
+        else {}
+    )
+    hidden = model.model.embed_tokens(ids)  # (S, C)
+    if seen:
+        projected = model.vision_proj(inputs["image_features"][0]).flatten(0, 1)  # (I * P, C)
+        hidden[ids == 34] = projected
+    rope = model.model.freqs_cos[: len(ids)], model.model.freqs_sin[: len(ids)]
+    layers = []
+    for layer in model.model.layers:
+        attention, states = layer.self_attn, layer.input_layernorm(hidden)
+        heads = []
+        for head in range(4):
+            rows, shared = slice(head * 8, head * 8 + 8), slice(head // 2 * 8, head // 2 * 8 + 8)
+            query = rotate(states @ attention.q_proj.weight[rows].T, *rope)  # (S, D)
+            key = rotate(states @ attention.k_proj.weight[shared].T, *rope)
+            scores = query @ key.T / 8**0.5 + torch.full((len(ids), len(ids)), -torch.inf).triu(1)
+            heads.append((scores.softmax(-1), states @ attention.v_proj.weight[shared].T))
+        hidden = (
+            hidden + torch.cat([weights @ value for weights, value in heads], -1) @ attention.o_proj.weight.T
+        )
+        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        layers.append(torch.stack([weights for weights, _ in heads]))
+    logits = model(ids[None], **seen).logits[0]
+    torch.testing.assert_close(model.lm_head(model.model.norm(hidden)), logits, rtol=1e-4, atol=1e-4)
+    return torch.stack(layers)
+
+
+def test_the_map_is_softmax_of_q_times_k_and_text_has_the_rest(model, tokenizer):
+    inputs = prepared(model, tokenizer, "<image> or <image>?", "red", "blue")
+    new_ids = torch.tensor([300, 17, 4000, 52, 2])
+    found = attention_to_patches(model, inputs, new_ids)
+    assert (found.shape, found.dtype) == ((5, 2, 196), torch.float32)
+
+    first = inputs["input_ids"].shape[1] - 1  # the position that chooses the first new token
+    rows = plain_weights(model, inputs, new_ids)[:, :, first : first + 5].mean((0, 1))  # (N, S)
+    is_patch = torch.cat([inputs["input_ids"][0] == 34, torch.zeros(5, dtype=torch.bool)])
+    torch.testing.assert_close(found.flatten(1), rows[:, is_patch], rtol=1e-4, atol=1e-6)
+    total = found.sum((1, 2)) + rows[:, ~is_patch].sum(1)
+    torch.testing.assert_close(total, torch.ones(5))
+    assert found[0].max() > 3 * found[0].mean(), "a flat map would not tell rows and patches apart"
+    assert not torch.allclose(found[0], found[1], atol=1e-3)
+
+
+def test_a_later_token_changes_nothing_before_it(model, tokenizer):
+    inputs = prepared(model, tokenizer, "What?", "red")
+    whole = attention_to_patches(model, inputs, torch.tensor([300, 17, 4000]))
+    torch.testing.assert_close(attention_to_patches(model, inputs, torch.tensor([300])), whole[:1])
+    other = attention_to_patches(model, inputs, torch.tensor([300, 18, 4000]))
+    torch.testing.assert_close(other[:2], whole[:2])
+    assert not torch.allclose(other[2], whole[2])
+
+
+def test_without_pictures_or_tokens_the_map_is_empty(model, tokenizer):
+    text, seen = prepared(model, tokenizer, "Hello?"), prepared(model, tokenizer, "What?", "red")
+    assert attention_to_patches(model, text, torch.tensor([300, 2])).shape == (2, 0, 196)
+    assert attention_to_patches(model, seen, torch.tensor([], dtype=torch.long)).shape == (0, 1, 196)
+
+
+def test_one_prompt_without_padding_is_expected(model, tokenizer):
+    inputs = prepared(model, tokenizer, "What?", "red")
+    inputs["attention_mask"][0, 0] = 0
+    with pytest.raises(ValueError, match="one prompt without padding"):
+        attention_to_patches(model, inputs, torch.tensor([300]))
