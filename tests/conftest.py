@@ -11,13 +11,19 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import pytest
+import torch
 from entry_points import ROOT, run_entry_point, start_server
 from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer
 
+from dataset.collate import collate
+from dataset.vlm_dataset import VLMDataset
 from model.processing_vlm import MiniMindVLMProcessor
+from trainer.checkpoint import describe, half_state, save_weights
+from trainer.setup import build_vlm
 
 TINY_ENCODER = ROOT / "tests/golden/clip"  # hidden 64, 196 patch tokens
+COLOURS = ("blue", "green", "red", "yellow")
 THINGS = ["cat", "red bus", "old clock", "tree", "dog", "boat", "cup", "bird"]
 
 
@@ -75,6 +81,61 @@ def data(tmp_path: Path) -> Path:
     write_rows(tmp_path / "dialogues.jsonl", dialogues)
     write_rows(tmp_path / "texts.jsonl", texts)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> Path:
+    """Four plain pictures, and eval.jsonl: colours, a follow-up, two pictures at once, a text question."""
+    folder = tmp_path_factory.mktemp("world")
+    (folder / "images").mkdir()
+    rows = []
+    for colour in COLOURS:
+        Image.new("RGB", (48, 40), colour).save(folder / f"images/{colour}.png")
+        turns = [("What colour is this?", f"It is {colour}."), ("And in one word?", colour)]
+        rows.append(row("colour", turns, f"{colour}.png"))
+    rows.append(row("two", [("Which colours?", "First red, then blue.")], "red.png, blue.png"))
+    rows.append(row("two", [("Which colours?", "First blue, then red.")], "blue.png, red.png"))
+    rows.append(row("", [("你好吗？", "我很好。")]))
+    write_rows(folder / "eval.jsonl", rows)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def weight(world, tokenizer) -> Path:
+    """A .pth with its sidecar that answers eval.jsonl rightly."""
+    torch.manual_seed(0)
+    config = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    model, processor = build_vlm(config, str(TINY_ENCODER), tokenizer)
+    samples = VLMDataset([world / "eval.jsonl"], processor, 1000, world / "images")
+    batch = collate([samples[i] for i in range(len(samples))], tokenizer.pad_token_id)
+    pixel_values = batch["pixel_values"]  # (B, I, 3, H, W)
+    features = model.get_image_embeddings(pixel_values.flatten(0, 1), model.vision_encoder)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels", "image_counts")}
+    inputs["image_features"] = features.unflatten(0, pixel_values.shape[:2])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=8e-3)
+    for _ in range(300):
+        loss = model(**inputs).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if loss < 0.02:
+            break
+    assert loss < 0.02, "the fixture did not learn its few rows"
+    path = world / "weights/sft_vlm_64.pth"
+    save_weights(
+        path,
+        half_state(model.state_dict()),
+        describe(model, tokenizer, "sft_vlm", 1, {"vision_model_path": str(TINY_ENCODER)}),
+    )
+    return path
+
+
+def row(kind: str, turns: list[tuple[str, str]], image: str = "") -> dict:
+    roles = ("user", "assistant")
+    conversations = [
+        {"role": role, "content": text} for turn in turns for role, text in zip(roles, turn, strict=True)
+    ]
+    return {"image": image, "kind": kind, "conversations": conversations}
 
 
 @pytest.fixture(scope="session")
