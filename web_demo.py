@@ -49,11 +49,14 @@ EXAMPLES = {
 }
 I18N = gr.I18n(**{"en": TEXTS["en"], "zh": TEXTS["zh"], "zh-CN": TEXTS["zh"], "zh-TW": TEXTS["zh"]})
 WHOLE = -1  # in place of a token of the answer
+FONTS = [gr.themes.Font("system-ui"), gr.themes.Font("sans-serif")]  # the system's own
 CSS = """
-.gradio-container { max-width: 1280px !important; margin: 0 auto !important; }
-footer { margin-top: 0 !important; }
+main { width: 100%; max-width: 1240px; margin: 0 auto; }
+#about { opacity: 0.75; }
+#chat .examples { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 8px; }
+#chat .example { min-width: 0; padding: 8px; }
 @media (max-width: 640px) {
-  .gradio-container, .gradio-container main { padding: 8px !important; }
+  main { padding: 8px !important; }
   #chat { height: 62vh !important; }
 }
 """
@@ -106,7 +109,7 @@ def main() -> int:
                 state_session_capacity=SESSIONS,
                 i18n=I18N,
                 css=CSS,
-                theme=gr.themes.Default(primary_hue="blue"),
+                theme=gr.themes.Default(primary_hue="blue", font=FONTS),
                 footer_links=["settings"],
                 run_history=False,
                 ssr_mode=False,
@@ -264,7 +267,10 @@ class Demo:
     def page(self) -> gr.Blocks:
         say = I18N
         with gr.Blocks(
-            title="MiniMind-V", analytics_enabled=False, delete_cache=(FILES_CHECKED, FILES_KEPT)
+            title="MiniMind-V",
+            analytics_enabled=False,
+            fill_width=True,
+            delete_cache=(FILES_CHECKED, FILES_KEPT),
         ) as page:
             conversation = gr.State(Conversation())
             with gr.Row(equal_height=False):
@@ -279,6 +285,7 @@ class Demo:
                         buttons=["copy", "copy_all"],
                         layout="bubble",
                         feedback_options=None,
+                        allow_file_downloads=False,
                     )
                     question = gr.MultimodalTextbox(
                         placeholder=say("ask"),
@@ -291,21 +298,18 @@ class Demo:
                     )
                 with gr.Column(scale=3, min_width=320):
                     picker = gr.Dropdown(self.names(), value=self.first, label=say("model"), elem_id="model")
-                    new = gr.Button(say("new"), elem_id="new")
+                    new = gr.Button(say("new"), size="md", elem_id="new")
                     with gr.Accordion(say("saw"), open=True):
-                        saw = gr.Gallery(
-                            show_label=False, columns=2, height="auto", format="png", elem_id="saw"
+                        pictures = dict(
+                            columns=2, height=260, object_fit="contain", format="png", buttons=["fullscreen"]
                         )
+                        saw = gr.Gallery(show_label=False, elem_id="saw", **pictures)
                         gr.Markdown(say("saw_info"))
-                        look = gr.Button(say("look"), elem_id="look")
-                        attention = gr.Gallery(
-                            label=say("attention"),
-                            columns=2,
-                            height="auto",
-                            visible=False,
-                            elem_id="attention",
-                        )
+                        look = gr.Button(say("look"), size="md", elem_id="look")
                         token = gr.Dropdown([], label=say("token"), visible=False, elem_id="token")
+                        attention = gr.Gallery(
+                            label=say("attention"), visible=False, elem_id="attention", **pictures
+                        )
                     with gr.Accordion(say("settings"), open=False):
                         system = gr.Textbox("", label=say("system"), lines=2, max_length=2000)
                         published = Sampling()

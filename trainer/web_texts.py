@@ -4,7 +4,7 @@ from typing import Any
 
 TEXTS = {
     "en": {
-        "about": "A small vision-language model, trained from scratch. It can be wrong.",
+        "about": "**MiniMind-V** is a small vision-language model trained from scratch. It can be wrong.",
         "chat": "Chat",
         "welcome": "Drop a picture, paste one, or try an example",
         "ask": "Ask about a picture...",
@@ -33,7 +33,7 @@ TEXTS = {
         "failed": "The model cannot be loaded: {error}",
     },
     "zh": {
-        "about": "从零训练的小型视觉语言模型，可能会答错。",
+        "about": "**MiniMind-V** 是从零训练的小型视觉语言模型，可能会答错。",
         "chat": "对话",
         "welcome": "拖入或粘贴图片，或者试试下面的例子",
         "ask": "就图片提问……",
