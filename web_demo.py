@@ -53,8 +53,9 @@ FONTS = [gr.themes.Font("system-ui"), gr.themes.Font("sans-serif")]  # the syste
 CSS = """
 main { width: 100%; max-width: 1240px; margin: 0 auto; }
 #about { opacity: 0.75; }
-#chat .examples { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 8px; }
+#chat .examples { display: grid; grid-template-columns: repeat(auto-fit, minmax(110px, 1fr)); gap: 8px; }
 #chat .example { min-width: 0; padding: 8px; }
+#saw .grid-wrap, #attention .grid-wrap { max-height: none; }
 @media (max-width: 640px) {
   main { padding: 8px !important; }
   #chat { height: 62vh !important; }
@@ -301,7 +302,7 @@ class Demo:
                     new = gr.Button(say("new"), size="md", elem_id="new")
                     with gr.Accordion(say("saw"), open=True):
                         pictures = dict(
-                            columns=2, height=260, object_fit="contain", format="png", buttons=["fullscreen"]
+                            columns=2, fit_columns=False, height="auto", format="png", buttons=["fullscreen"]
                         )
                         saw = gr.Gallery(show_label=False, elem_id="saw", **pictures)
                         gr.Markdown(say("saw_info"))
