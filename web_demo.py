@@ -55,7 +55,7 @@ main { width: 100%; max-width: 1240px; margin: 0 auto; }
 #about { opacity: 0.75; }
 #chat .examples { display: grid; grid-template-columns: repeat(auto-fit, minmax(110px, 1fr)); gap: 8px; }
 #chat .example { min-width: 0; padding: 8px; }
-#saw .grid-wrap, #attention .grid-wrap { max-height: none; }
+#saw .grid-wrap, #attention .grid-wrap { min-height: 0; max-height: none; }
 @media (max-width: 640px) {
   main { padding: 8px !important; }
   #chat { height: 62vh !important; }

@@ -13,6 +13,7 @@ from trainer.arguments import flag
 from trainer.cli import UserError, parse_flags, run_main
 
 DESKTOP = {"width": 1200, "height": 760}
+TALL = {"width": 1200, "height": 860}
 PHONE = {"width": 390, "height": 760}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
@@ -32,7 +33,7 @@ def main() -> int:
         browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
         things, sailboat = 2, 3  # of the examples
         shoot(browser, flags, "light", things, "What is in the middle?", viewport=DESKTOP)
-        shoot(browser, flags, "attention", things, "What is in the middle?", look=True, viewport=DESKTOP)
+        shoot(browser, flags, "attention", things, "What is in the middle?", look=True, viewport=TALL)
         chinese = dict(locale="zh-CN", color_scheme="dark")
         shoot(browser, flags, "dark", sailboat, "这是哪一类东西？", **chinese, viewport=DESKTOP)
         shoot(browser, flags, "phone", sailboat, "这是哪一类东西？", locale="zh-CN", viewport=PHONE)
