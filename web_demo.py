@@ -229,6 +229,8 @@ class Demo:
 
     def switch(self, weight: str, conversation: Conversation, request: gr.Request) -> tuple:
         """Picker, chat, conversation, what the model saw, attention, its tokens: of a new conversation."""
+        if weight == (conversation.weight or self.first):  # the page may tell twice
+            return (gr.skip(),) * 6
         say = speaker(request)
         try:
             self.open_model(weight)

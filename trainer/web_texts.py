@@ -1,5 +1,6 @@
 """The web demo's words, English and Chinese; the browser's language chooses."""
 
+import html
 from typing import Any
 
 TEXTS = {
@@ -65,6 +66,6 @@ TEXTS = {
 
 
 def text(key: str, *, accept_language: str | None, **details: Any) -> str:
-    """The words for `key` in the language that an Accept-Language header asks for first."""
+    """HTML words for `key` in the language that an Accept-Language header asks for first."""
     language = "zh" if (accept_language or "").lower().startswith("zh") else "en"
-    return TEXTS[language][key].format(**details)
+    return TEXTS[language][key].format(**{name: html.escape(str(value)) for name, value in details.items()})
