@@ -311,7 +311,7 @@ class Demo:
                         look = gr.Button(say("look"), size="md", elem_id="look")
                         token = gr.Dropdown([], label=say("token"), visible=False, elem_id="token")
                         attention = gr.Gallery(
-                            label=say("attention"), visible=False, elem_id="attention", **pictures
+                            show_label=False, visible=False, elem_id="attention", **pictures
                         )
                     with gr.Accordion(say("settings"), open=False):
                         system = gr.Textbox("", label=say("system"), lines=2, max_length=2000)

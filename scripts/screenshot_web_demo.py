@@ -65,6 +65,7 @@ def shoot(
     if look:
         page.click("#look")
         expect(page.locator("#attention img")).to_be_visible(timeout=60_000)
+    page.evaluate("scrollTo(0, 0)")
     page.wait_for_timeout(1500)  # movements of the page end
     page.screenshot(path=Path(flags.out_dir) / f"web_demo_{name}.png")
     context.close()
