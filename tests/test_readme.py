@@ -19,6 +19,7 @@ import convert_to_hf
 import eval_vlm
 import train_pretrain_vlm
 import train_sft_vlm
+import web_demo
 from dataset.errors import DataError
 from dataset.rows import normalise_row
 from model.model_minimind import MiniMindForCausalLM
@@ -123,7 +124,8 @@ def test_scripts_accept_the_commands(command, monkeypatch, capsys, request):
 
 def test_flags_in_the_text_exist():
     known = {"help", "nproc_per_node"}
-    for flags in (train_sft_vlm.SFTFlags, eval_vlm.EvalFlags, convert_to_hf.ConvertFlags):
+    programs = (train_sft_vlm.SFTFlags, eval_vlm.EvalFlags, convert_to_hf.ConvertFlags, web_demo.DemoFlags)
+    for flags in programs:
         known |= flags.__dataclass_fields__.keys()
     for script in (ROOT / "scripts").glob("*.py"):
         known |= set(re.findall(r'"--(\w+)"', script.read_text(encoding="utf-8")))

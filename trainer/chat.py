@@ -47,10 +47,12 @@ def stream_answer(
     features: Sequence[torch.Tensor],
     sampling: Sampling,
     dtype: str = "auto",
+    new_ids: list[int] | None = None,
 ) -> Iterator[str]:
     """Pieces of the next answer to `messages`; `features` are their pictures, each (P, W), in their order.
 
-    An iteration that is given up (`close()`) stops the generation within a token.
+    An iteration that is given up (`close()`) stops the generation within a token. `new_ids` is given the
+    answer's token ids when it ends, either way.
 
     Raises:
         ValueError: before the first piece, where `<image>` markers and pictures differ in number.
@@ -65,12 +67,14 @@ def stream_answer(
     def generate() -> None:
         try:
             with autocast(dtype, model.device):
-                model.generate(
+                output = model.generate(
                     **inputs,
                     **sampling.arguments(),
                     streamer=streamer,
                     stopping_criteria=StoppingCriteriaList([given_up]),
-                )
+                )  # (1, T + new)
+            if new_ids is not None:
+                new_ids.extend(output[0, inputs["input_ids"].shape[1] :].tolist())
         except BaseException as error:  # told to the one who iterates
             failure.append(error)
             streamer.end()

@@ -1,0 +1,329 @@
+"""web_demo.py as users meet it: the real server, a real browser, and several clients at once."""
+
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import COLOURS, ROOT, TINY_ENCODER
+from gradio_client import Client, handle_file
+from PIL import Image
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+import web_demo
+from trainer.checkpoint import half_state, save_weights
+from trainer.setup import build_vlm
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+expect.set_options(timeout=30_000)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def start(folder: Path, port: int, *flags: str) -> subprocess.Popen:
+    """A server that answers already, working in `folder`."""
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "web_demo.py"), "--port", str(port), "--device", "cpu", *flags],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    line = process.stderr.readline()
+    assert f"open http://127.0.0.1:{port}" in line, line + process.stderr.read()
+    return process
+
+
+BABBLER = "out/babbler/sft_vlm_64.pth"
+
+
+@pytest.fixture(scope="module")
+def site(weight, tokenizer, tmp_path_factory) -> Path:
+    """A working folder with three models in out/: two that know colours, and one that knows no end."""
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "dataset").symlink_to(ROOT / "dataset")
+    for name in ("sft_vlm_512", "other/sft_vlm_64"):
+        (folder / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        for suffix in (".pth", ".json"):
+            shutil.copy(weight.with_suffix(suffix), folder / "out" / f"{name}{suffix}")
+    torch.manual_seed(0)
+    sidecar = json.loads(weight.with_suffix(".json").read_text())
+    untrained, _ = build_vlm(sidecar["config"], str(TINY_ENCODER), tokenizer)
+    save_weights(folder / BABBLER, half_state(untrained.state_dict()), sidecar)
+    return folder
+
+
+def choose(page: Page, weight: str) -> None:
+    page.click("#model input")
+    expect(page.locator("#model ul li")).to_have_count(3)
+    page.locator("#model ul li").get_by_text(weight).click()
+    expect(page.get_by_text(f"A new conversation with {weight}")).to_be_visible()
+
+
+@pytest.fixture(scope="module")
+def server(site) -> Iterator[tuple[str, subprocess.Popen]]:
+    port = free_port()
+    process = start(site, port)
+    yield f"http://127.0.0.1:{port}", process
+    process.kill()
+    assert "Traceback" not in process.stderr.read()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    if BROWSER is None:
+        (pytest.fail if "CI" in os.environ else pytest.skip)("no Chromium here (apt install chromium)")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(server, browser) -> Iterator[Page]:
+    yield from opened(browser, server[0])
+
+
+def opened(browser: Browser, url: str, **options) -> Iterator[Page]:
+    """The page as a new visitor sees it; it may ask nobody but its own server for anything."""
+    context = browser.new_context(**options)
+    page = context.new_page()
+    asked: set[str] = set()
+    page.on("request", lambda request: asked.add(request.url))
+    page.goto(url)
+    expect(page.locator("#question textarea")).to_be_visible()
+    yield page
+    context.close()
+    strangers = [address for address in asked if not address.startswith((url, "data:", "blob:"))]
+    assert strangers == []
+
+
+def ask(page: Page, text: str, *pictures: Path | str) -> None:
+    for number, picture in enumerate(pictures, start=1):
+        page.set_input_files("#question input[type=file]", str(picture))
+        expect(page.locator("#question .thumbnail-item")).to_have_count(number)
+    page.fill("#question textarea", text)
+    page.press("#question textarea", "Enter")
+
+
+def answers(page: Page):
+    return page.locator("#chat .bot.message")
+
+
+def colour_of(page: Page, image) -> tuple[int, ...]:
+    """The middle pixel of an <img>."""
+    expect(image).to_be_visible()
+    picture = Image.open(io.BytesIO(page.request.get(image.get_attribute("src")).body())).convert("RGB")
+    return picture.getpixel((picture.width // 2, picture.height // 2))
+
+
+def test_a_picture_is_asked_about_and_the_panel_shows_what_was_seen(world, page):
+    ask(page, "What colour is this?", world / "images/red.png")
+    expect(answers(page)).to_have_text(["It is red."])
+    assert colour_of(page, page.locator("#saw img").first) == (255, 0, 0)
+
+    page.click("#look")
+    expect(page.locator("#attention img")).to_have_count(1)
+    whole = page.locator("#attention img").get_attribute("src")
+    assert colour_of(page, page.locator("#attention img")) != (255, 0, 0), "nothing is drawn over the picture"
+    page.click("#token input")
+    options = page.locator("#token ul li")
+    expect(options.first).to_contain_text("whole answer (mean)")
+    expect(options.nth(1)).to_contain_text("1. ")
+    options.nth(1).click()
+    expect(page.locator("#attention img")).not_to_have_attribute("src", whole)
+    ask(page, "And in one word?")
+    expect(answers(page)).to_have_text(["It is red.", "red"])
+    expect(page.locator("#attention")).to_be_hidden()
+
+    page.reload()
+    expect(page.locator("#chat .example")).to_have_count(len(web_demo.EXAMPLES))
+    expect(answers(page)).to_have_count(0)
+    ask(page, "Which colours?", world / "images/blue.png", world / "images/red.png")
+    expect(answers(page)).to_have_text(["First blue, then red."])
+    expect(page.locator("#saw img")).to_have_count(2)
+    page.click("#new")
+    expect(answers(page)).to_have_count(0)
+
+
+def test_an_answer_grows_until_it_is_stopped(world, page):
+    choose(page, BABBLER)
+    page.get_by_text("Settings").first.click()
+    longest = page.get_by_label("number input for Longest answer, in tokens")
+    longest.fill("1024")
+    longest.press("Tab")
+    ask(page, "What colour is this?", world / "images/red.png")
+    answer = answers(page).first
+    lengths: list[int] = []
+    deadline = time.monotonic() + 30
+    while len(set(lengths)) < 3 and time.monotonic() < deadline:
+        lengths.append(len(answer.text_content()))
+    assert len(set(lengths)) == 3 and lengths == sorted(lengths)
+    page.click("#question .stop-button")
+    expect(page.locator("#question .submit-button")).to_be_visible()
+    page.wait_for_timeout(500)  # what was on its way
+    stopped = answer.text_content()
+    page.wait_for_timeout(500)
+    assert answer.text_content() == stopped
+    choose(page, "out/sft_vlm_512.pth")
+    ask(page, "What colour is this?", world / "images/green.png")
+    expect(answers(page)).to_have_text(["It is green."])
+
+
+def test_an_example_is_asked_with_a_click(page):
+    page.locator("#chat .example").first.click()
+    expect(answers(page)).to_have_count(1)
+    expect(page.locator("#chat")).to_contain_text("What is this?")
+    expect(page.locator("#saw img")).to_have_count(1)
+
+
+def test_a_broken_file_is_told_and_the_server_goes_on(world, page, tmp_path):
+    broken = tmp_path / "holiday.png"
+    broken.write_bytes((world / "images/red.png").read_bytes()[:60])
+    ask(page, "What colour is this?", broken)
+    expect(page.get_by_text("holiday.png is not a picture that can be read")).to_be_visible()
+    expect(answers(page)).to_have_count(0)
+    expect(page.locator("#question textarea")).to_have_value("What colour is this?")
+    page.reload()
+    ask(page, "What colour is this?", world / "images/green.png")
+    expect(answers(page)).to_have_text(["It is green."])
+    ask(page, "<image> <image> what?")
+    expect(page.get_by_text("3 <image> markers in the user's turns, but 1 images")).to_be_visible()
+    expect(answers(page)).to_have_count(1)
+
+
+def test_another_model_starts_a_new_conversation(world, page):
+    ask(page, "What colour is this?", world / "images/red.png")
+    expect(answers(page)).to_have_text(["It is red."])
+    choose(page, "out/other/sft_vlm_64.pth")
+    expect(answers(page)).to_have_count(0)
+    ask(page, "What colour is this?", world / "images/yellow.png")
+    expect(answers(page)).to_have_text(["It is yellow."])
+
+
+def test_chinese_and_dark_on_a_phone(server, browser):
+    options = dict(locale="zh-CN", color_scheme="dark", viewport={"width": 360, "height": 740})
+    for page in opened(browser, server[0], **options):
+        expect(page.locator("#new")).to_have_text("新对话")
+        expect(page.locator("#look")).to_have_text("上一个回答看了哪里？")
+        assert page.get_attribute("#question textarea", "placeholder") == "就图片提问……"
+        assert page.evaluate("document.body.classList.contains('dark')")
+        ask(page, "你好吗？")
+        expect(answers(page)).to_have_text(["我很好。"])
+        page.click("#look")
+        expect(page.get_by_text("还没有关于图片的回答。")).to_be_visible()
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+def said(client: Client, text: str, *pictures: Path) -> str:
+    message = {"text": text, "files": [handle_file(str(picture)) for picture in pictures]}
+    chat = client.predict(message, temperature=0, api_name="/ask")[1]
+    return chat[-1]["content"][0]["text"]
+
+
+def test_two_users_do_not_mix(world, server):
+    first, second = (Client(server[0], verbose=False) for _ in range(2))
+    assert said(first, "What colour is this?", world / "images/red.png") == "It is red."
+    assert said(second, "What colour is this?", world / "images/blue.png") == "It is blue."
+    assert said(first, "And in one word?") == "red"
+    assert said(second, "And in one word?") == "blue"
+
+
+def test_ctrl_c_in_the_middle_of_an_answer_ends_it_with_130(world, site):
+    port = free_port()
+    process = start(site, port)
+    try:
+        client = Client(f"http://127.0.0.1:{port}", verbose=False)
+        message = {"text": "Hm", "files": []}
+        job = client.submit(message, weight=BABBLER, max_new_tokens=1024, api_name="/ask")
+        next(iter(job))
+        begun = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert time.monotonic() - begun < 15
+
+
+def test_a_port_in_use_is_one_clear_line(weight, run):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = run("web_demo.py", "--weight", weight, "--port", port, expect=1)
+    assert re.fullmatch(rf"error: --host 127.0.0.1 --port {port}: .*in use.*\n", result.stderr)
+
+
+def test_models_are_found_where_they_are(site, tmp_path):
+    exported = tmp_path / "out/hf"
+    exported.mkdir(parents=True)
+    (exported / "config.json").write_text('{"model_type": "minimind-v"}')
+    (tmp_path / "out/llava").mkdir()
+    (tmp_path / "out/llava/config.json").write_text('{"model_type": "llava"}')
+    (tmp_path / "out/lm_64.pth").touch()
+    (tmp_path / "out/lm_64.json").write_text('{"stage": "lm"}')
+    (tmp_path / "out/bare.pth").touch()
+    (tmp_path / "out/broken.pth").touch()
+    (tmp_path / "out/broken.json").write_text("{")
+    assert web_demo.find_models(tmp_path / "out") == [str(exported)]
+    assert web_demo.find_models(tmp_path / "no") == []
+    assert {Path(path).name for path in web_demo.find_models(site / "out")} == {
+        "sft_vlm_512.pth",
+        "sft_vlm_64.pth",
+    }
+
+
+@pytest.mark.slow
+def test_20_chats_at_once_are_answered_correctly_and_in_order(world, server, run):
+    prompts = ["--prompt", "What colour is this?", "--prompt", "And in one word?"]
+    result = run(
+        "scripts/load_web_demo.py",
+        "--url",
+        server[0],
+        "--image_dir",
+        world / "images",
+        *prompts,
+        PYTHONPATH="",
+    )
+    print(result.stdout)
+    for number in range(20):
+        colour = COLOURS[number % 4]
+        line = f"chat {number + 1}, {colour}.png: ['It is {colour}.', '{colour}'], as alone"
+        assert line in result.stdout
+    assert "40 answers in" in result.stdout and " 0 chats differ" in result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_memory_does_not_grow_over_500_requests(world, server):
+    url, process = server
+
+    def resident_mb() -> float:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024
+
+    def requests(count: int) -> None:
+        for number in range(count):  # a new visitor every other request
+            client = Client(url, verbose=False) if number % 2 == 0 else client  # noqa: F821
+            colour = COLOURS[number % 4]
+            assert said(client, "What colour is this?", world / f"images/{colour}.png")
+
+    requests(240)  # so that as many conversations are there as are kept
+    before = resident_mb()
+    requests(500)
+    grown = resident_mb() - before
+    print(f"{before:.0f} MB before, {grown:+.1f} MB after 500 requests")
+    assert grown < 60

@@ -1,0 +1,78 @@
+"""What a conversation refuses, what it keeps, and the pictures beside it."""
+
+import pytest
+import torch
+from PIL import Image
+
+from trainer.chat import Sampling
+from trainer.setup import load_vlm
+from trainer.web_chat import MAX_IMAGES, MAX_TOKENS, Conversation, Refused, draw_attention
+from trainer.web_texts import TEXTS, text
+
+
+@pytest.fixture(scope="module")
+def loaded(weight):
+    return load_vlm(str(weight))
+
+
+def answer(loaded, conversation: Conversation, text: str, *files) -> str:
+    sampling = Sampling(temperature=0, max_new_tokens=30)
+    return "".join(conversation.answer(*loaded, text, [str(file) for file in files], "", sampling))
+
+
+def test_a_conversation_goes_on_and_knows_where_it_looked(loaded, world):
+    conversation = Conversation()
+    assert answer(loaded, conversation, "What colour is this?", world / "images/red.png") == "It is red."
+    assert answer(loaded, conversation, "And in one word?") == "red"
+    assert [turn["content"] for turn in conversation.turns] == [
+        "<image>\nWhat colour is this?",
+        "It is red.",
+        "And in one word?",
+        "red",
+    ]
+    attention, tokens = conversation.look(*loaded)
+    assert "".join(tokens) == "red" and attention.shape == (len(tokens), 1, 196)
+    assert conversation.seen[0].getpixel((100, 100)) == (255, 0, 0)
+
+
+def test_what_cannot_be_answered_leaves_the_conversation_as_it_was(loaded, world, tmp_path):
+    red, broken = world / "images/red.png", tmp_path / "broken.png"
+    broken.write_bytes(red.read_bytes()[:50])
+    conversation = Conversation()
+    answer(loaded, conversation, "What colour is this?", red)
+    before = list(conversation.turns), list(conversation.shown), list(conversation.features)
+    for reason, question, files in [
+        ("empty", "  ", []),
+        ("too_many", "What?", [red] * MAX_IMAGES),
+        ("no_picture", "What?", [red, broken]),
+        ("too_long", "word " * MAX_TOKENS, []),
+        ("refused", "<image>", []),
+    ]:
+        with pytest.raises(Refused) as refused:
+            answer(loaded, conversation, question, *files)
+        assert refused.value.reason == reason
+        assert text(reason, accept_language="zh-CN", **refused.value.details)
+        assert (conversation.turns, conversation.shown) == before[:2]
+        assert len(conversation.features) == len(before[2])
+
+
+def test_without_an_answer_about_a_picture_there_is_nothing_to_look_at(loaded):
+    conversation = Conversation()
+    answer(loaded, conversation, "你好吗？")
+    with pytest.raises(Refused, match="no_answer"):
+        conversation.look(*loaded)
+
+
+def test_attention_is_drawn_where_it_is():
+    weights = torch.zeros(4)
+    weights[1] = 0.5  # the patch at the top right
+    drawn = draw_attention(Image.new("RGB", (96, 96), "gray"), weights, most=0.5)
+    width, height = drawn.size
+    bright, dark = drawn.getpixel((width - 20, 20)), drawn.getpixel((20, height - 20))
+    assert sum(bright) > sum(dark) + 100
+
+
+def test_both_languages_say_the_same_things():
+    assert TEXTS["en"].keys() == TEXTS["zh"].keys()
+    assert text("new", accept_language="zh-TW,en;q=0.5") == "新对话"
+    assert text("new", accept_language="de,zh;q=0.5") == text("new", accept_language=None) == "New chat"
