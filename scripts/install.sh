@@ -74,9 +74,9 @@ install() {
         return
     fi
     if has_gpu; then
-        echo "An NVIDIA GPU was found: about 3.5 GB of packages will be downloaded into .venv (8 GB on the disk)."
+        echo "An NVIDIA GPU was found: about 3.6 GB of packages will be downloaded into .venv (8.5 GB on the disk)."
     else
-        echo "No NVIDIA GPU was found: about 0.4 GB of packages will be downloaded into .venv (1.5 GB on the disk)."
+        echo "No NVIDIA GPU was found: about 0.5 GB of packages will be downloaded into .venv (2 GB on the disk)."
     fi
     step "packages" install_packages
 }
