@@ -7,4 +7,4 @@ source scripts/install.sh
 install
 step "lint" .venv/bin/ruff check .
 step "format" .venv/bin/ruff format --check .
-step "tests" .venv/bin/python -m pytest -n 2 "$@"
+step "tests" .venv/bin/python -m pytest -n 2 --dist loadfile "$@"

@@ -385,7 +385,7 @@ def test_tests_command_lints_and_passes_its_arguments_on(fresh: Copy):
     assert fresh.log[-3:] == [
         ["ruff", "check", "."],
         ["ruff", "format", "--check", "."],
-        ["python", "-m", "pytest", "-n", "2", "-k", "two words"],
+        ["python", "-m", "pytest", "-n", "2", "--dist", "loadfile", "-k", "two words"],
     ]
 
 
