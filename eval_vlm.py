@@ -10,6 +10,7 @@ from pathlib import Path
 
 from transformers import TextStreamer
 
+from dataset.images import PICTURE_SUFFIXES, pictures_in
 from dataset.rows import load_rows
 from trainer.arguments import DTYPES, flag, optional_flag
 from trainer.ask import Answer, Speaker, ask
@@ -22,7 +23,6 @@ from trainer.setup import load_vlm
 
 log = logging.getLogger(__name__)
 SHIPPED_PICTURES = "dataset/eval_images"
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 PAGES = (".html", ".md")
 PUBLISHED_NAME = Path("out/sft_vlm_512.pth")
 DEMO_FOLDER = Path("out/demo")
@@ -228,9 +228,9 @@ def find_questions(flags: EvalFlags) -> Iterator[Question]:
         folder = Path(flags.image_dir or SHIPPED_PICTURES)
         if not folder.is_dir():
             raise UserError(f"--image_dir {folder}: no such folder")
-        pictures = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURES)
+        pictures = pictures_in(folder)
         if not pictures:
-            raise UserError(f"--image_dir {folder}: no picture, expected {', '.join(PICTURES)} files")
+            raise UserError(f"--image_dir {folder}: no picture, expected {', '.join(PICTURE_SUFFIXES)} files")
         for path in pictures:
             yield Question("--image_dir", [{"role": "user", "content": flags.prompt}], [str(path)])
 

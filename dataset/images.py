@@ -1,8 +1,12 @@
-"""Image files -> upright RGB pictures."""
+"""Image files -> upright RGB pictures, and which files of a folder are such."""
+
+from pathlib import Path
 
 from PIL import Image, ImageOps
 
 from dataset.errors import DataError
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def open_image(path: str, where: str) -> Image.Image:
@@ -12,3 +16,8 @@ def open_image(path: str, where: str) -> Image.Image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # Pillow's decoders raise whatever comes up in a broken file
         raise DataError(f"{where}: cannot read image {path} ({error})") from None
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """The picture files of a folder, by their suffix, sorted; none where there is no such folder."""
+    return sorted(path for path in folder.glob("*") if path.suffix.lower() in PICTURE_SUFFIXES)

@@ -3,7 +3,6 @@
 Every answer must be the one that the same question gets when nobody else asks (exit code 1 if not).
 """
 
-import logging
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,10 +15,9 @@ from gradio_client import Client, handle_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dataset.images import PICTURE_SUFFIXES, pictures_in
 from trainer.arguments import flag
 from trainer.cli import UserError, parse_flags, run_main, user_errors
-
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 @dataclass
@@ -51,11 +49,10 @@ class Turn:
 
 def main() -> int:
     flags = parse_flags(LoadFlags, __doc__)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
     folder = Path(flags.image_dir)
-    pictures = sorted(path for path in folder.glob("*") if path.suffix.lower() in PICTURES)
+    pictures = pictures_in(folder)
     if not pictures:
-        raise UserError(f"--image_dir {folder}: no picture, expected {', '.join(PICTURES)} files")
+        raise UserError(f"--image_dir {folder}: no picture, expected {', '.join(PICTURE_SUFFIXES)} files")
     with user_errors(f"--url {flags.url}"):
         alone = {path: chat(connect(flags.url), path, flags.prompt) for path in pictures[: flags.chats]}
         clients = [connect(flags.url) for _ in range(flags.chats)]

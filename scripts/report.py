@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from PIL import Image
 from plot_metrics import draw_panel, import_figure, panels_of, read
 
+from dataset.images import open_image, pictures_in
 from model.model_vlm import MiniMindVLM
 from model.processing_vlm import MiniMindVLMProcessor
 from trainer.chat import Sampling, encode_picture, stream_answer
@@ -231,9 +231,8 @@ def sample_answers(run: Run) -> tuple[list[dict[str, Any]], str]:
         model, processor = build(run)
         load_base(model, run.weights, processor.tokenizer)
         base = find_base(run)
-        features = [
-            encode_picture(model, processor, Image.open(path).convert("RGB")) for path in sample_pictures()
-        ]
+        pictures = [open_image(str(path), path.name) for path in pictures_in(PICTURES)]
+        features = [encode_picture(model, processor, picture) for picture in pictures]
         after = answers(model, processor, features)
         before = [None] * len(after)
         if base is not None:
@@ -243,7 +242,7 @@ def sample_answers(run: Run) -> tuple[list[dict[str, Any]], str]:
             before = answers(model.eval(), processor, features)
     except UserError as error:
         return [], f"The weights cannot be asked: {error}"
-    shown = zip(sample_pictures(), before, after, strict=True)
+    shown = zip(pictures_in(PICTURES), before, after, strict=True)
     return [
         {"name": path.stem.replace("_", " "), "uri": data_uri(path), "before": first, "after": second}
         for path, first, second in shown
@@ -271,10 +270,6 @@ def find_base(run: Run) -> Path | None:
         sizes = flags.get("hidden_size", 512), flags.get("use_moe", False)
         places = [run.weights.parent / weight_name(stage, *sizes) for stage in BASES[run.stage]]
     return next((path for path in places if path.is_file()), None)
-
-
-def sample_pictures() -> list[Path]:
-    return sorted(path for path in PICTURES.iterdir() if path.suffix in (".png", ".jpg"))
 
 
 def answers(model: MiniMindVLM, processor: MiniMindVLMProcessor, features: list[torch.Tensor]) -> list[str]:

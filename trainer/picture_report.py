@@ -20,7 +20,6 @@ from trainer.cli import user_errors
 from trainer.evaluation import Question
 
 THUMBNAIL = 256  # pixels of the longer side
-SUFFIXES = (".html", ".md")
 
 HTML = """\
 <!doctype html>
