@@ -19,13 +19,10 @@ from trainer.checkpoint import write_json
 from trainer.cli import UserError, parse_flags, run_main, user_errors
 from trainer.distributed import Runtime, autocast, resolve_dtype, runtime
 from trainer.evaluation import Question, questions_of
-from trainer.setup import load_vlm
+from trainer.setup import DEMO_FOLDER, PUBLISHED_NAME, SHIPPED_PICTURES, default_weight, load_vlm
 
 log = logging.getLogger(__name__)
-SHIPPED_PICTURES = "dataset/eval_images"
 PAGES = (".html", ".md")
-PUBLISHED_NAME = Path("out/sft_vlm_512.pth")
-DEMO_FOLDER = Path("out/demo")
 DEFAULT_PROMPT = "Describe the picture."
 
 
@@ -239,18 +236,6 @@ def check_images(paths: list[str]) -> None:
     for path in paths:
         if not Path(path).is_file():
             raise UserError(f"--image {path}: no such file")
-
-
-def default_weight() -> str:
-    demo = sorted(DEMO_FOLDER.glob("sft_vlm_*.pth"), key=lambda path: path.stat().st_mtime, reverse=True)
-    found = next((path for path in (PUBLISHED_NAME, *demo) if path.is_file()), None)
-    if found is None:
-        raise UserError(
-            f"no weights: neither {PUBLISHED_NAME} nor {DEMO_FOLDER}/sft_vlm_*.pth is there: train the demo "
-            "(bash scripts/quickstart.sh), get the published ones (python scripts/download.py clip vlm), "
-            "or give --weight"
-        )
-    return str(found)
 
 
 def check_report(path: Path) -> None:

@@ -20,6 +20,9 @@ log = logging.getLogger(__name__)
 transformers.logging.disable_progress_bar()  # weights are there in a blink
 DEFAULT_TOKENIZER = "model/tokenizer"
 DEFAULT_ENCODER = "model/vision_model/clip-vit-base-patch16"
+SHIPPED_PICTURES = "dataset/eval_images"
+PUBLISHED_NAME = Path("out/sft_vlm_512.pth")
+DEMO_FOLDER = Path("out/demo")
 
 
 def build_vlm(
@@ -79,6 +82,19 @@ def find_weight(weight: str) -> Path:
     named = Path("out") / f"{path.name.removesuffix('.pth')}.pth"
     is_name = path.parent == Path() and not path.exists()
     return named if is_name and named.is_file() else path
+
+
+def default_weight() -> str:
+    """The weights to take where none are named. UserError where there are none."""
+    demo = sorted(DEMO_FOLDER.glob("sft_vlm_*.pth"), key=lambda path: path.stat().st_mtime, reverse=True)
+    found = next((path for path in (PUBLISHED_NAME, *demo) if path.is_file()), None)
+    if found is None:
+        raise UserError(
+            f"no weights: neither {PUBLISHED_NAME} nor {DEMO_FOLDER}/sft_vlm_*.pth is there: train the demo "
+            "(bash scripts/quickstart.sh), get the published ones (python scripts/download.py clip vlm), "
+            "or give --weight"
+        )
+    return str(found)
 
 
 def load_export(folder: Path) -> tuple[MiniMindVLM, MiniMindVLMProcessor]:

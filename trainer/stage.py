@@ -6,7 +6,9 @@ import logging
 import os
 import secrets
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -89,30 +91,48 @@ def run_stage(flags: TrainingFlags, stage: str, bases: tuple[str, ...]) -> int:
         if run.is_main:
             shutil.rmtree(replaced(checkpoints.folder), ignore_errors=True)
         metrics = Metrics(run_dir, total_steps, run, stage, tracker, resumed_step)
-        code = 1
-        try:
-            parts = model, samples, eval_samples, flags, run, metrics, checkpoints, total_steps
-            stopped = train(*parts, checkpoint.load() if checkpoint else None)
-            with run.together():
-                checkpoints.close()
-                if failure := metrics.take_error():
-                    raise failure
-            code = stopped
-        except RuntimeError as error:
-            if told := explained(error):
-                raise told from None
-            raise
-        finally:
-            metrics.close()
-            if run.is_main:
-                summary = metrics.summary() | {"stage": stage, "exit_code": code, "arguments": arguments}
-                with contextlib.suppress(UserError):  # a full disk is told by what matters more
-                    write_json(run_dir / "summary.json", summary)
-            checkpoints.close()
+        parts = model, samples, eval_samples, flags, run, metrics, checkpoints, total_steps
+
+        def training() -> int:  # loads the state itself, so that nothing else keeps it in memory
+            return train(*parts, checkpoint.load() if checkpoint else None)
+
+        summary = {"stage": stage, "arguments": arguments}
+        code = written_up(training, summary, metrics, checkpoints, run)
         if skipped := metrics.summary()["skipped_rows"]:
             log.warning("warning: %d rows were skipped, see %s", skipped, metrics.bad_samples)
         log.info("%s: weights are in %s", "stopped by a signal" if code else "done", path)
         return code
+
+
+def written_up(
+    training: Callable[[], int],
+    about: dict[str, Any],
+    metrics: Metrics,
+    checkpoints: Checkpoints,
+    run: Runtime,
+) -> int:
+    """The exit code that `training` returns, once its last checkpoint is on the disk. However it ends, the
+    run's summary.json says so, beside `about`."""
+    code = 1
+    try:
+        stopped = training()
+        with run.together():
+            checkpoints.close()
+            if failure := metrics.take_error():
+                raise failure
+        code = stopped
+    except RuntimeError as error:
+        if told := explained(error):
+            raise told from None
+        raise
+    finally:
+        metrics.close()
+        if run.is_main:
+            summary = metrics.summary() | about | {"exit_code": code}
+            with contextlib.suppress(UserError):  # a full disk is told by what matters more
+                write_json(metrics.run_dir / "summary.json", summary)
+        checkpoints.close()
+    return code
 
 
 def build_model(flags: TrainingFlags, base: Path | None) -> tuple[MiniMindForCausalLM, MiniMindVLMProcessor]:
