@@ -17,12 +17,14 @@ import pytest
 import torch
 from conftest import COLOURS, ROOT, TINY_ENCODER
 from gradio_client import Client, handle_file
+from gradio_client.utils import Status
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-import web_demo
 from trainer.checkpoint import half_state, save_weights
 from trainer.setup import build_vlm
+from trainer.web_events import find_models
+from trainer.web_page import EXAMPLES
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 expect.set_options(timeout=30_000)
@@ -150,7 +152,7 @@ def test_a_picture_is_asked_about_and_the_panel_shows_what_was_seen(world, page)
     expect(page.locator("#attention")).to_be_hidden()
 
     page.reload()
-    expect(page.locator("#chat .example")).to_have_count(len(web_demo.EXAMPLES))
+    expect(page.locator("#chat .example")).to_have_count(len(EXAMPLES))
     expect(answers(page)).to_have_count(0)
     ask(page, "Which colours?", world / "images/blue.png", world / "images/red.png")
     expect(answers(page)).to_have_text(["First blue, then red."])
@@ -203,6 +205,71 @@ def test_a_broken_file_is_told_and_the_server_goes_on(world, page, tmp_path):
     ask(page, "<image> <image> what?")
     expect(page.get_by_text("3 <image> markers in the user's turns, but 1 images")).to_be_visible()
     expect(answers(page)).to_have_count(1)
+
+
+def drop(page: Page, target: str, picture: Path) -> None:
+    """Lets go of a file over the middle of what `target` finds, as from a file manager."""
+    box = page.locator(target).bounding_box()
+    middle = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
+    data = {"items": [], "files": [str(picture)], "dragOperationsMask": 1}
+    browser = page.context.new_cdp_session(page)
+    for event in ("dragEnter", "dragOver", "drop"):
+        browser.send("Input.dispatchDragEvent", {"type": event, **middle, "data": data})
+
+
+@pytest.mark.parametrize("target", ["#question textarea", "#chat"])
+def test_a_picture_is_dropped_on_the_question_or_beside_it(target, world, page):
+    drop(page, target, world / "images/yellow.png")
+    expect(page.locator("#question .thumbnail-item")).to_have_count(1)
+    ask(page, "What colour is this?")
+    expect(answers(page)).to_have_text(["It is yellow."])
+
+
+def test_a_picture_is_pasted(world, page):
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    picture = list((world / "images/blue.png").read_bytes())
+    page.evaluate(
+        """bytes => navigator.clipboard.write([
+            new ClipboardItem({"image/png": new Blob([new Uint8Array(bytes)], {type: "image/png"})})
+        ])""",
+        picture,
+    )
+    page.press("#question textarea", "Control+v")
+    expect(page.locator("#question .thumbnail-item")).to_have_count(1)
+    ask(page, "What colour is this?")
+    expect(answers(page)).to_have_text(["It is blue."])
+
+
+def test_too_large_a_file_is_told_and_not_sent(world, page, tmp_path):
+    large = tmp_path / "huge.png"
+    large.write_bytes((world / "images/red.png").read_bytes().ljust(10_500_000, b"0"))
+    page.set_input_files("#question input[type=file]", str(large))
+    expect(page.get_by_text('exceed the maximum allowed size of 10.0 Mb: "huge.png"')).to_be_visible()
+    expect(page.locator("#question .thumbnail-item")).to_have_count(0)
+    ask(page, "What colour is this?", world / "images/green.png")
+    expect(answers(page)).to_have_text(["It is green."])
+
+
+def test_a_full_queue_is_told(world, site, browser):
+    port = free_port()
+    process = start(site, port, "--max_queue", "1")
+    try:
+        url = f"http://127.0.0.1:{port}"
+        answered, waiting = (Client(url, verbose=False) for _ in range(2))
+        endless = dict(message={"text": "Hm", "files": []}, weight=BABBLER, max_new_tokens=1024)
+        next(iter(answered.submit(**endless, api_name="/ask")))
+        job = waiting.submit(**endless, api_name="/ask")
+        deadline = time.monotonic() + 30
+        while job.status().code != Status.IN_QUEUE and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for page in opened(browser, url):
+            ask(page, "What colour is this?", world / "images/green.png")
+            expect(page.get_by_text("busy")).to_be_visible()
+            expect(page.locator("#question textarea")).to_have_value("What colour is this?")
+            expect(page.locator("#question .submit-button")).to_be_visible()
+            expect(answers(page)).to_have_count(0)
+    finally:
+        process.kill()
 
 
 def test_another_model_starts_a_new_conversation(world, page):
@@ -278,9 +345,9 @@ def test_models_are_found_where_they_are(site, tmp_path):
     (tmp_path / "out/bare.pth").touch()
     (tmp_path / "out/broken.pth").touch()
     (tmp_path / "out/broken.json").write_text("{")
-    assert web_demo.find_models(tmp_path / "out") == [str(exported)]
-    assert web_demo.find_models(tmp_path / "no") == []
-    assert {Path(path).name for path in web_demo.find_models(site / "out")} == {
+    assert find_models(tmp_path / "out") == [str(exported)]
+    assert find_models(tmp_path / "no") == []
+    assert {Path(path).name for path in find_models(site / "out")} == {
         "sft_vlm_512.pth",
         "sft_vlm_64.pth",
     }
