@@ -154,7 +154,7 @@ def rank_point(folder: Path, hidden_size: int, layers: int, ranks: int, steps: i
     command = f"""{sys.executable} -m torch.distributed.run --standalone --nproc_per_node {ranks}
         scripts/train_lm.py --data_path {path} --out_dir {folder}/ranks --hidden_size {hidden_size}
         --num_hidden_layers {layers} --batch_size {16 // ranks} --max_steps {2 * steps} --log_interval {steps}
-        --num_workers 0 --resume never""".split()
+        --num_workers 0 --resume never --dtype float32""".split()
     threads = max(1, (os.cpu_count() or 1) // ranks)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     subprocess.run(command, check=True, cwd=ROOT, env=environment, capture_output=True)

@@ -13,14 +13,18 @@ from trainer.distributed import Runtime, ignore_signals, signals_held
 COMPILED_MULTIPLE = 32  # lengths are rounded up to it, so that few of them have to be compiled for
 
 
-def step_sampler(samples: VLMDataset, flags: TrainingFlags, runtime: Runtime) -> StepSampler:
+def step_sampler(
+    samples: VLMDataset, flags: TrainingFlags, runtime: Runtime, training: bool = True
+) -> StepSampler:
+    """This rank's rows; for evaluation, one micro-batch at a time in the same order always."""
     return StepSampler(
         samples.lengths(),
         flags.batch_size,
-        flags.accumulation_steps,
+        flags.accumulation_steps if training else 1,
         runtime.rank,
         runtime.world_size,
         flags.seed,
+        shuffle=training,
         tokens_per_batch=flags.tokens_per_batch,
     )
 

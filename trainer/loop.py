@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from dataset.collate import StepSampler
 from dataset.errors import DataError
 from dataset.vlm_dataset import VLMDataset
 from trainer.arguments import TrainingFlags
@@ -140,15 +139,7 @@ def evaluate(
 ) -> tuple[dict[str, float | int], int]:
     """Mean loss over the supervised tokens of all rows, in the training precision; and the exit code of a
     signal that ended it early, else 0. Every rank must call it."""
-    sampler = StepSampler(
-        samples.lengths(),
-        flags.batch_size,
-        1,
-        runtime.rank,
-        runtime.world_size,
-        shuffle=False,
-        tokens_per_batch=flags.tokens_per_batch,
-    )
+    sampler = step_sampler(samples, flags, runtime, training=False)
     loss, tokens, skipped, stop_code = 0.0, 0, 0, 0
     model.eval()
     for micro_batches in step_loader(samples, sampler, flags, runtime):
