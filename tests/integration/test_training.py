@@ -264,8 +264,9 @@ def test_packing_trains_the_same(data, tmp_path, run):
 
 def test_features_and_half_precision_train_as_well(data, tmp_path, run):
     flags = ["--batch_size", 4, "--epochs", 2]
-    run(*pretrain(data, tmp_path / "plain", *flags))
-    run(*pretrain(data, tmp_path / "cached", *flags, "--cache_features", tmp_path / "features"))
+    run(*pretrain(data, tmp_path / "plain", *flags, "--dtype", "float32"))
+    cached = ["--dtype", "float32", "--cache_features", tmp_path / "features"]
+    run(*pretrain(data, tmp_path / "cached", *flags, *cached))
     run(*pretrain(data, tmp_path / "bf16", *flags, "--dtype", "bfloat16"))
     losses = {
         name: [line["loss"] for line in records(tmp_path / name, "pretrain_vlm_64")]
