@@ -87,6 +87,17 @@ def test_the_map_is_softmax_of_q_times_k_and_text_has_the_rest(model, tokenizer)
     assert not torch.allclose(found[0], found[1], atol=1e-3)
 
 
+def test_the_map_of_a_model_in_half_precision_is_fp32(model, tokenizer):
+    """Also as numbers: its weights of a row add up as they do in fp32, but for what bfloat16 rounds."""
+    inputs = prepared(model, tokenizer, "What?", "red")
+    new_ids = torch.tensor([300, 17, 2])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attention_to_patches(model, inputs, new_ids)
+    assert found.dtype == torch.float32
+    shares = found.sum((1, 2)), attention_to_patches(model, inputs, new_ids).sum((1, 2))
+    torch.testing.assert_close(*shares, rtol=0.02, atol=0.02)
+
+
 def test_a_later_token_changes_nothing_before_it(model, tokenizer):
     inputs = prepared(model, tokenizer, "What?", "red")
     whole = attention_to_patches(model, inputs, torch.tensor([300, 17, 4000]))

@@ -15,23 +15,27 @@ def loaded(weight):
     return load_vlm(str(weight))
 
 
-def answer(loaded, conversation: Conversation, text: str, *files) -> str:
+def answer(loaded, conversation: Conversation, text: str, *files, dtype: str = "float32") -> str:
     sampling = Sampling(temperature=0, max_new_tokens=30)
-    return "".join(conversation.answer(*loaded, text, [str(file) for file in files], "", sampling))
+    return "".join(conversation.answer(*loaded, text, [str(file) for file in files], "", sampling, dtype))
 
 
-def test_a_conversation_goes_on_and_knows_where_it_looked(loaded, world):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_conversation_goes_on_and_knows_where_it_looked(loaded, world, dtype):
     conversation = Conversation()
-    assert answer(loaded, conversation, "What colour is this?", world / "images/red.png") == "It is red."
-    assert answer(loaded, conversation, "And in one word?") == "red"
+    red = world / "images/red.png"
+    assert answer(loaded, conversation, "What colour is this?", red, dtype=dtype) == "It is red."
+    assert answer(loaded, conversation, "And in one word?", dtype=dtype) == "red"
     assert [turn["content"] for turn in conversation.turns] == [
         "<image>\nWhat colour is this?",
         "It is red.",
         "And in one word?",
         "red",
     ]
-    attention, tokens = conversation.look(*loaded)
+    attention, tokens = conversation.look(*loaded, dtype)
     assert "".join(tokens) == "red" and attention.shape == (len(tokens), 1, 196)
+    drawn = draw_attention(conversation.seen[0], attention[0, 0], float(attention.max()))
+    assert drawn.getcolors(maxcolors=10) is None, "nothing is drawn over the plain picture"
     assert conversation.seen[0].getpixel((100, 100)) == (255, 0, 0)
 
 

@@ -55,7 +55,8 @@ class _Watched(TorchFunctionMode):
         length = key.shape[2]
         query = query[0, :, -self.tokens :].float()  # (H, N, D)
         key = key[0].float().repeat_interleave(len(query) // key.shape[1], 0)  # (H, T + N - 1, D)
-        scores = query @ key.transpose(1, 2) / query.shape[-1] ** 0.5  # (H, N, T + N - 1)
+        with torch.autocast(query.device.type, enabled=False):
+            scores = query @ key.transpose(1, 2) / query.shape[-1] ** 0.5  # (H, N, T + N - 1)
         later = torch.ones_like(scores[0], dtype=torch.bool).triu(length - self.tokens + 1)
         weights = scores.masked_fill(later, -torch.inf).softmax(-1)
         return weights[:, :, self.patches].mean(0)
