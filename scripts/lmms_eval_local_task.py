@@ -193,7 +193,9 @@ def write_task(
 
 
 def check(folder: Path) -> None:
-    (path,) = folder.glob("results/**/*_results.json")
+    path = next(folder.glob("results/**/*_results.json"), None)
+    if path is None:
+        sys.exit(f"error: no scores in {folder}/results: lmms-eval has failed, see above")
     results = json.loads(path.read_text(encoding="utf-8"))["results"]
     for task, scores in EXPECTED.items():
         found = {name: results[task][f"{name},none"] for name in scores}

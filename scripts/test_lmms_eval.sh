@@ -11,8 +11,9 @@ lmms_eval=0.7.3
 uv=0.13.9
 torch=$(sed -n 's/^torch==//p' constraints.txt)
 transformers=$(sed -n 's/^transformers==//p' constraints.txt)
+wanted="$lmms_eval $(cksum <constraints.txt)"
 
-if [ "$(cat "$venv/installed" 2>/dev/null)" != "$lmms_eval $torch $transformers" ]; then
+if [ "$(cat "$venv/installed" 2>/dev/null)" != "$wanted" ]; then
     echo "== packages into $venv: about 1 GB of downloads"
     ${PYTHON:-python3} -m venv --clear "$venv"
     pip="$venv/bin/python -m pip install --quiet"
@@ -20,12 +21,13 @@ if [ "$(cat "$venv/installed" 2>/dev/null)" != "$lmms_eval $torch $transformers"
         $pip "uv==$uv"
         "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" --torch-backend cpu "torch==$torch" torchvision
     }
-    # Without torch in this command too, the newest torchvision would bring another one, with CUDA.
-    $pip "lmms-eval==$lmms_eval" "torch==$torch" "transformers==$transformers"
+    # Packages that it shares with us in our versions: its own range lets in ones that break it. Without torch in
+    # this command too, the newest torchvision would bring another one, with CUDA.
+    $pip "lmms-eval==$lmms_eval" "torch==$torch" "transformers==$transformers" -c constraints.txt
     # The default package index has torchvision for CUDA only, which does not load beside a CPU build of torch.
     # Nothing here needs it, and transformers would stumble over a broken one.
     "$venv/bin/python" -c "import torchvision" 2>/dev/null || "$venv/bin/python" -m pip uninstall --quiet -y torchvision
-    echo "$lmms_eval $torch $transformers" >"$venv/installed"
+    echo "$wanted" >"$venv/installed"
 fi
 
 export HF_HUB_OFFLINE=1
