@@ -4,10 +4,16 @@ The page follows the browser's language (English, Chinese) and colours (light, d
 from elsewhere, and it tells nobody. docs/web_demo.md says what it is for and how it is limited.
 """
 
+import contextlib
 import logging
+import os
+import signal
 import socket
+import sys
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import gradio as gr
@@ -43,7 +49,7 @@ class DemoFlags:
         "auto", "precision of the forward pass; auto is bfloat16 where the hardware has it", DTYPES
     )
     vision_model_path: str | None = optional_flag(
-        "folder of the image encoder of a .pth; if not given: what it was trained with"
+        "folder of the image encoder of --weight, a .pth; if not given: what it was trained with"
     )
     tokenizer_path: str | None = optional_flag("folder of its tokenizer; if not given: likewise")
 
@@ -59,7 +65,7 @@ def main() -> int:
     weight = str(find_weight(flags.weight or default_weight()))
     check_port(flags.host, flags.port)
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS
-    with runtime(flags.device, seed=int(time.time())) as run:
+    with runtime(flags.device, seed=int(time.time())) as run, own_temporary_folder():
         demo = Demo(weight, run.device, flags.dtype, flags.vision_model_path, flags.tokenizer_path)
         demo.model(weight)  # what is wrong with it is told here rather than in the page
         page = build_page(demo)
@@ -85,12 +91,23 @@ def main() -> int:
         log.info("%s on %s in %s: open %s (Ctrl-C ends it)", weight, run.device, dtype, page.local_url)
         if page.share_url:
             log.info("open to everybody who knows it: %s", page.share_url)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # uploads are deleted then, too
         try:
             threading.Event().wait()
         finally:
             demo.closing.set()
             page.close(verbose=False)
     return 0
+
+
+@contextlib.contextmanager
+def own_temporary_folder() -> Iterator[None]:
+    """What is uploaded, and the pictures made of it, is deleted when this is left. Gradio alone would keep
+    what it makes for components that an event has changed."""
+    parent = os.environ.get("GRADIO_TEMP_DIR")
+    with tempfile.TemporaryDirectory(prefix="minimind-v-", dir=parent, ignore_cleanup_errors=True) as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        yield
 
 
 def check_port(host: str, port: int) -> None:

@@ -7,12 +7,16 @@ from PIL import Image, ImageOps
 from dataset.errors import DataError
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+MAX_ASPECT = 100  # an encoder scales the shorter side: a line of one pixel would fill the memory
 
 
 def open_image(path: str, where: str) -> Image.Image:
     """The picture at `path`; DataError names the row (`where`) and the file that cannot be read."""
     try:
         with Image.open(path) as image:
+            if max(image.size) > MAX_ASPECT * min(image.size):
+                width, height = image.size
+                raise ValueError(f"{width} x {height} pixels, one side over {MAX_ASPECT} times the other")
             return ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # Pillow's decoders raise whatever comes up in a broken file
         raise DataError(f"{where}: cannot read image {path} ({error})") from None

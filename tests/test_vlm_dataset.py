@@ -91,6 +91,14 @@ def test_unreadable_image_is_named(data, processor):
         samples[0]
 
 
+def test_a_strip_that_would_fill_the_memory_is_refused(data, processor):
+    """Encoders scale the shorter side to theirs: this one would become 20 million pixels."""
+    Image.new("RGB", (20_000, 10)).save(data / "images/0.png")
+    samples = VLMDataset([data / "captions.jsonl"], processor, 512, data / "images")
+    with pytest.raises(DataError, match=r"0.png \(20000 x 10 pixels, one side over 100 times the other\)"):
+        samples[0]
+
+
 def test_an_image_that_vanishes_later_is_named(data, processor):
     samples = VLMDataset([data / "captions.jsonl"], processor, 512, data / "images")
     (data / "images/3.png").unlink()

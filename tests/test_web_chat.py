@@ -1,10 +1,12 @@
 """What a conversation refuses, what it keeps, and the pictures beside it."""
 
+import time
+
 import pytest
 import torch
 from PIL import Image
 
-from trainer.chat import Sampling
+from trainer.chat import Sampling, stream_answer
 from trainer.setup import load_vlm
 from trainer.web_chat import MAX_IMAGES, MAX_TOKENS, Conversation, Refused, draw_attention
 from trainer.web_texts import TEXTS, text
@@ -60,6 +62,48 @@ def test_what_cannot_be_answered_leaves_the_conversation_as_it_was(loaded, world
         assert len(conversation.features) == len(before[2])
 
 
+def state(conversation: Conversation) -> tuple[int, ...]:
+    parts = conversation.turns, conversation.shown, conversation.features, conversation.seen
+    return tuple(map(len, parts))
+
+
+def test_a_turn_that_nobody_saw_or_that_failed_was_not_asked(loaded, world, monkeypatch):
+    conversation = Conversation()
+    answer(loaded, conversation, "What colour is this?", world / "images/red.png")
+    before = state(conversation)
+    asked = dict(text="And this?", files=[str(world / "images/blue.png")], system="", sampling=Sampling())
+    pieces = conversation.answer(*loaded, **asked)
+    assert next(pieces) == "" and state(conversation) == (4, 6, 2, 2)
+    pieces.close()
+    assert state(conversation) == before
+
+    def fail(**_):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loaded[0], "generate", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            list(conversation.answer(*loaded, **asked))
+    assert state(conversation) == before
+    with pytest.raises(Refused, match="no_answer"):
+        conversation.look(*loaded)
+    assert answer(loaded, conversation, "And in one word?") == "red"
+
+
+def test_an_answer_can_be_given_up_before_its_first_word(loaded, monkeypatch):
+    """Which may be long in coming: here it comes only when somebody gives up."""
+
+    def wait(stopping_criteria, **_):
+        while not bool(stopping_criteria(torch.zeros(1, 1), None)):
+            time.sleep(0.01)
+        return torch.zeros(1, 0, dtype=torch.long)
+
+    monkeypatch.setattr(loaded[0], "generate", wait)
+    pieces = stream_answer(*loaded, [{"role": "user", "content": "Hm?"}], [], Sampling())
+    assert [next(pieces) for _ in range(3)] == ["", "", ""]
+    pieces.close()
+
+
 def test_without_an_answer_about_a_picture_there_is_nothing_to_look_at(loaded):
     conversation = Conversation()
     answer(loaded, conversation, "你好吗？")
@@ -74,6 +118,14 @@ def test_attention_is_drawn_where_it_is():
     width, height = drawn.size
     bright, dark = drawn.getpixel((width - 20, 20)), drawn.getpixel((20, height - 20))
     assert sum(bright) > sum(dark) + 100
+
+
+def test_attention_is_drawn_over_pictures_that_are_not_square():
+    weights = torch.zeros(8)  # 2 rows of 4 patches
+    weights[7] = 0.5
+    drawn = draw_attention(Image.new("RGB", (128, 64), "gray"), weights, most=0.5)
+    width, height = drawn.size
+    assert sum(drawn.getpixel((width - 20, height - 20))) > sum(drawn.getpixel((width - 20, 20))) + 100
 
 
 def test_both_languages_say_the_same_things():

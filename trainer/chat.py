@@ -4,6 +4,7 @@ Terminal and browser share it; what they show and keep is their own.
 Shapes: P tokens per image, W the encoder's width.
 """
 
+import queue
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from model.model_vlm import MiniMindVLM
 from model.processing_vlm import MiniMindVLMProcessor
 from trainer.distributed import autocast
 from trainer.evaluation import prepare
+
+SILENCE = 0.05  # seconds without text after which a piece is empty
 
 
 @dataclass
@@ -51,8 +54,8 @@ def stream_answer(
 ) -> Iterator[str]:
     """Pieces of the next answer to `messages`; `features` are their pictures, each (P, W), in their order.
 
-    An iteration that is given up (`close()`) stops the generation within a token. `new_ids` is given the
-    answer's token ids when it ends, either way.
+    Where nothing comes for a while, a piece is empty, so that whoever iterates may give up: `close()` stops
+    the generation within a token. `new_ids` is given the answer's token ids when it ends, either way.
 
     Raises:
         ValueError: before the first piece, where `<image>` markers and pictures differ in number.
@@ -60,7 +63,9 @@ def stream_answer(
     named = {str(number): tensor for number, tensor in enumerate(features)}
     prompt = processor.encode_prompt(messages, len(features))
     inputs = prepare(processor, [prompt], [list(named)], named).to(model.device)
-    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = TextIteratorStreamer(
+        processor.tokenizer, skip_prompt=True, timeout=SILENCE, skip_special_tokens=True
+    )
     given_up = _GivenUp()
     failure: list[BaseException] = []
 
@@ -82,12 +87,22 @@ def stream_answer(
     thread = threading.Thread(target=generate)
     thread.start()
     try:
-        yield from (piece for piece in streamer if piece)
+        yield from _pieces(streamer)
     finally:
         given_up.event.set()
         thread.join()
     if failure:
         raise failure[0]
+
+
+def _pieces(streamer: TextIteratorStreamer) -> Iterator[str]:
+    while True:
+        try:
+            yield next(streamer)
+        except queue.Empty:
+            yield ""
+        except StopIteration:
+            return
 
 
 class _GivenUp(StoppingCriteria):

@@ -56,10 +56,11 @@ class Conversation:
         sampling: Sampling,
         dtype: str = "auto",
     ) -> Iterator[str]:
-        """Pieces of the answer to the user's next turn, which is in the conversation from the first piece on.
+        """Pieces of the answer to the user's next turn. The first is empty: the turn is in `shown` now.
 
-        Refused, with the conversation as it was, for a turn that has nothing in it, for files that are no
-        pictures, and for a conversation that would be too long.
+        The conversation stays as it was where the iteration is given up at that piece or an error ends it.
+        Refused for a turn that has nothing in it, for files that are no pictures, and for a conversation that
+        would be too long.
         """
         if not text.strip() and not files:
             raise Refused("empty")
@@ -79,8 +80,11 @@ class Conversation:
             raise Refused("too_long", tokens=length, limit=limit)
         sampling.max_new_tokens = min(sampling.max_new_tokens, limit - length)
 
-        self.features += [encode_picture(model, processor, picture) for picture in pictures]
-        self.seen += [what_the_encoder_sees(processor, picture) for picture in pictures]
+        features = [encode_picture(model, processor, picture) for picture in pictures]
+        seen = [what_the_encoder_sees(processor, picture) for picture in pictures]
+        before = len(self.turns), len(self.shown), len(self.features)
+        self.features += features
+        self.seen += seen
         answer = {"role": "assistant", "content": ""}
         self.turns += [user, answer]
         self.shown += [{"role": "user", "content": {"path": path}} for path in files]
@@ -89,13 +93,25 @@ class Conversation:
         self.shown.append(shown := {"role": "assistant", "content": ""})
         self.asked, self.new_ids, self.attention = asked, [], None
         pieces = stream_answer(model, processor, asked, self.features, sampling, dtype, self.new_ids)
+        noticed = False
         try:
+            yield ""
+            noticed = True
             for piece in pieces:
                 answer["content"] += piece
                 shown["content"] = answer["content"]
                 yield piece
+        except BaseException as error:
+            if not (noticed and isinstance(error, GeneratorExit)):
+                self._take_back(*before)
+            raise
         finally:
             pieces.close()
+
+    def _take_back(self, turns: int, shown: int, pictures: int) -> None:
+        """Leaves so many, as if what came after had not been asked."""
+        del self.turns[turns:], self.shown[shown:], self.features[pictures:], self.seen[pictures:]
+        self.asked, self.new_ids, self.attention = [], [], None
 
     def look(
         self, model: MiniMindVLM, processor: MiniMindVLMProcessor, dtype: str = "auto"
@@ -141,8 +157,8 @@ def enlarged(picture: Image.Image) -> Image.Image:
 def draw_attention(picture: Image.Image, weights: torch.Tensor, most: float) -> Image.Image:
     """`weights` (P,) drawn over the preprocessed picture, warm where they are near `most`."""
     picture = enlarged(picture)
-    side = round(len(weights) ** 0.5 * picture.height / picture.width)
-    grid = (weights / max(most, 1e-12)).clamp(0, 1).view(side, -1).numpy()
+    rows = round((len(weights) * picture.height / picture.width) ** 0.5)
+    grid = (weights / max(most, 1e-12)).clamp(0, 1).view(rows, -1).numpy()
     heat = Image.fromarray((grid * 255).astype(np.uint8)).resize(picture.size, Image.Resampling.BICUBIC)
     strength = np.asarray(heat, dtype=np.float32)[..., None] / 255  # (H, W, 1)
     colours = colormaps["inferno"](strength[..., 0])[..., :3] * 255  # (H, W, 3)

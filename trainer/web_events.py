@@ -5,6 +5,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,10 @@ class Demo:
     """The models in memory, and what the page's events do with them."""
 
     def __init__(self, first: str, device: torch.device, dtype: str, *paths: str | None) -> None:
-        """`paths` are those of encoder and tokenizer, for `.pth` files (see `load_vlm`)."""
+        """`paths` are those of the first model's encoder and tokenizer (see `load_vlm`)."""
         self.first, self.device, self.dtype, self.paths = first, device, dtype, paths
-        self.loaded: OrderedDict[str, tuple[MiniMindVLM, MiniMindVLMProcessor]] = OrderedDict()
+        self.loaded: OrderedDict[tuple[str, int], tuple[MiniMindVLM, MiniMindVLMProcessor]] = OrderedDict()
+        self.answering = threading.Lock()  # the page lets go of an answer before it has really ended
         self.closing = threading.Event()
 
     def names(self) -> list[str]:
@@ -41,14 +43,15 @@ class Demo:
 
     def model(self, weight: str) -> tuple[MiniMindVLM, MiniMindVLMProcessor]:
         """From memory, or loaded (UserError). Only one event at a time comes here."""
-        if weight not in self.loaded:
-            own = Path(weight).is_dir() and weight != self.first  # an exported folder has all it needs
-            model, processor = load_vlm(weight, *(() if own else self.paths))
-            self.loaded[weight] = model.to(self.device), processor
-        self.loaded.move_to_end(weight)
+        path = Path(weight)
+        key = weight, path.stat().st_mtime_ns if path.exists() else 0  # trained anew, it is loaded anew
+        if key not in self.loaded:
+            model, processor = load_vlm(weight, *(self.paths if weight == self.first else ()))
+            self.loaded[key] = model.to(self.device), processor
+        self.loaded.move_to_end(key)
         while len(self.loaded) > LOADED_MODELS:
             self.loaded.popitem(last=False)
-        return self.loaded[weight]
+        return self.loaded[key]
 
     def ask(
         self,
@@ -63,30 +66,31 @@ class Demo:
     ) -> Iterator[tuple]:
         """Textbox, chat, conversation, what the model saw, attention, its tokens; again while it answers."""
         say = speaker(request)
+        yield (gr.skip(),) * 6  # from here on the stop button ends this
         if conversation.weight != weight:
             conversation = Conversation(weight)
         sampling = Sampling(temperature, top_p, int(max_new_tokens))
-        try:
-            model, processor = self.open_model(weight)
-            pieces = conversation.answer(
-                model, processor, message["text"], message["files"], system, sampling, self.dtype
-            )
-            next(pieces, "")
-        except Refused as refused:
-            gr.Warning(say(refused.reason, **refused.details))
-            yield (gr.skip(),) * 6
-            return
-        seen = [enlarged(picture) for picture in conversation.seen]
-        hidden = gr.update(visible=False)
-        yield gr.update(value=None), conversation.shown, conversation, seen, hidden, hidden
-        last = time.monotonic()
-        for _ in pieces:
-            if self.closing.is_set():
-                break
-            if time.monotonic() - last > FRAME:
-                yield gr.skip(), conversation.shown, *(gr.skip(),) * 4
+        with self.answering:
+            try:
+                model, processor = self.open_model(weight)
+                pieces = conversation.answer(
+                    model, processor, message["text"], message["files"], system, sampling, self.dtype
+                )
+                next(pieces)
+            except Refused as refused:
+                gr.Warning(say(refused.reason, **refused.details))
+                return
+            with closing(pieces):
+                seen = [enlarged(picture) for picture in conversation.seen]
+                hidden = gr.update(visible=False)
+                yield gr.update(value=None), conversation.shown, conversation, seen, hidden, hidden
                 last = time.monotonic()
-        pieces.close()
+                for _ in pieces:
+                    if self.closing.is_set():
+                        break
+                    if time.monotonic() - last > FRAME:
+                        yield gr.skip(), conversation.shown, *(gr.skip(),) * 4
+                        last = time.monotonic()
         yield gr.skip(), conversation.shown, *(gr.skip(),) * 4
 
     def open_model(self, weight: str) -> tuple[MiniMindVLM, MiniMindVLMProcessor]:
@@ -119,7 +123,7 @@ class Demo:
         """Attention and its tokens."""
         say = speaker(request)
         try:
-            _, tokens = conversation.look(*self.open_model(conversation.weight), self.dtype)
+            _, tokens = conversation.look(*self.open_model(conversation.weight or self.first), self.dtype)
         except Refused as refused:
             gr.Warning(say(refused.reason, **refused.details))
             return gr.skip(), gr.skip()

@@ -51,6 +51,7 @@ JS = """
 
 def build_page(demo: Demo) -> gr.Blocks:
     say = I18N
+    gr.set_static_paths(SHIPPED_PICTURES)  # copies of the examples would be deleted with old uploads
     with gr.Blocks(
         title="MiniMind-V",
         analytics_enabled=False,

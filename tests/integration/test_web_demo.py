@@ -13,18 +13,21 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import gradio as gr
 import pytest
 import torch
 from conftest import COLOURS, ROOT, TINY_ENCODER
+from gradio.route_utils import delete_files_created_by_app
 from gradio_client import Client, handle_file
 from gradio_client.utils import Status
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from trainer.checkpoint import half_state, save_weights
+from trainer.cli import UserError
 from trainer.setup import build_vlm
-from trainer.web_events import find_models
-from trainer.web_page import EXAMPLES
+from trainer.web_events import Demo, find_models
+from trainer.web_page import EXAMPLES, build_page
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 expect.set_options(timeout=30_000)
@@ -35,12 +38,12 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def start(folder: Path, port: int, *flags: str) -> subprocess.Popen:
+def start(folder: Path, port: int, *flags: str, **env: str) -> subprocess.Popen:
     """A server that answers already, working in `folder`."""
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "web_demo.py"), "--port", str(port), "--device", "cpu", *flags],
         cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -78,10 +81,13 @@ def choose(page: Page, weight: str) -> None:
 @pytest.fixture(scope="module")
 def server(site) -> Iterator[tuple[str, subprocess.Popen]]:
     port = free_port()
-    process = start(site, port)
+    (site / "uploads").mkdir()
+    process = start(site, port, GRADIO_TEMP_DIR=str(site / "uploads"))
     yield f"http://127.0.0.1:{port}", process
-    process.kill()
-    assert "Traceback" not in process.stderr.read()
+    process.terminate()
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 143 and "Traceback" not in errors
+    assert not [path for path in (site / "uploads").rglob("*") if path.is_file()]
 
 
 @pytest.fixture(scope="module")
@@ -288,10 +294,12 @@ def test_chinese_and_dark_on_a_phone(server, browser):
         expect(page.locator("#look")).to_have_text("上一个回答看了哪里？")
         assert page.get_attribute("#question textarea", "placeholder") == "就图片提问……"
         assert page.evaluate("document.body.classList.contains('dark')")
+        page.click("#look")
+        expect(page.get_by_text("还没有关于图片的回答。")).to_be_visible()
         ask(page, "你好吗？")
         expect(answers(page)).to_have_text(["我很好。"])
         page.click("#look")
-        expect(page.get_by_text("还没有关于图片的回答。")).to_be_visible()
+        expect(page.get_by_text("还没有关于图片的回答。")).to_have_count(2)
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
 
 
@@ -332,6 +340,40 @@ def test_a_port_in_use_is_one_clear_line(weight, run):
         port = taken.getsockname()[1]
         result = run("web_demo.py", "--weight", weight, "--port", port, expect=1)
     assert re.fullmatch(rf"error: --host 127.0.0.1 --port {port}: .*in use.*\n", result.stderr)
+
+
+def demo_of(weight: Path, *paths: str) -> Demo:
+    return Demo(str(weight), torch.device("cpu"), "auto", *paths)
+
+
+def test_examples_outlive_old_uploads(weight, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    page = build_page(demo_of(weight))
+    (chat,) = [block for block in page.blocks.values() if isinstance(block, gr.Chatbot)]
+    files = [Path(example["files"][0]["path"]) for example in chat.examples]
+    assert len(files) == len(EXAMPLES)
+    delete_files_created_by_app(page, age=0)
+    assert all(path.is_file() for path in files)
+
+
+def test_a_model_that_is_trained_anew_is_loaded_anew(site, tmp_path):
+    for suffix in (".pth", ".json"):
+        shutil.copy(site / f"out/sft_vlm_512{suffix}", tmp_path / f"mine{suffix}")
+    demo, weight = demo_of(tmp_path / "mine.pth"), str(tmp_path / "mine.pth")
+    before, _ = demo.model(weight)
+    assert demo.model(weight)[0] is before
+    shutil.copy(site / BABBLER, weight)
+    after, _ = demo.model(weight)
+    assert not torch.equal(after.lm_head.weight, before.lm_head.weight)
+
+
+def test_the_paths_given_are_the_first_models(site, tmp_path):
+    other = str(site / "out/other/sft_vlm_64.pth")
+    demo = demo_of(site / "out/sft_vlm_512.pth", str(tmp_path / "no encoder"))
+    model, _ = demo.model(other)
+    assert model.vision_encoder.config.hidden_size == 64
+    with pytest.raises(UserError, match="no encoder"):
+        demo.model(demo.first)
 
 
 def test_models_are_found_where_they_are(site, tmp_path):
