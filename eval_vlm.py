@@ -4,6 +4,7 @@ Without pictures or a file the shipped ones in dataset/eval_images/ are describe
 """
 
 import logging
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from trainer.chat import Sampling
 from trainer.checkpoint import write_json
 from trainer.cli import UserError, parse_flags, run_main, user_errors
 from trainer.distributed import Runtime, autocast, resolve_dtype, runtime
-from trainer.evaluation import Question, questions_of
+from trainer.evaluation import Question, check_pictures, pictures_of, questions_of
 from trainer.setup import DEMO_FOLDER, PUBLISHED_NAME, SHIPPED_PICTURES, default_weight, load_vlm
 
 log = logging.getLogger(__name__)
@@ -114,7 +115,7 @@ def main() -> int:
     flags = parse_flags(EvalFlags, __doc__)
     weights = flags.weight or [default_weight()]
     questions = [] if flags.perplexity or flags.chat else list(find_questions(flags))
-    check_images(flags.image)
+    check_pictures(dict.fromkeys(flags.image, "--image") | pictures_of(questions))
     if flags.report:
         check_report(Path(flags.report))
     with runtime(flags.device, flags.seed) as run, autocast(flags.dtype, run.device):
@@ -223,8 +224,9 @@ def find_questions(flags: EvalFlags) -> Iterator[Question]:
         yield Question("--image", [{"role": "user", "content": flags.prompt}], flags.image)
     else:
         folder = Path(flags.image_dir or SHIPPED_PICTURES)
-        if not folder.is_dir():
-            raise UserError(f"--image_dir {folder}: no such folder")
+        with user_errors(f"--image_dir {folder}"):  # raises for a name that is too long
+            if not folder.is_dir():
+                raise UserError(f"--image_dir {folder}: no such folder")
         pictures = pictures_in(folder)
         if not pictures:
             raise UserError(f"--image_dir {folder}: no picture, expected {', '.join(PICTURE_SUFFIXES)} files")
@@ -232,18 +234,14 @@ def find_questions(flags: EvalFlags) -> Iterator[Question]:
             yield Question("--image_dir", [{"role": "user", "content": flags.prompt}], [str(path)])
 
 
-def check_images(paths: list[str]) -> None:
-    for path in paths:
-        if not Path(path).is_file():
-            raise UserError(f"--image {path}: no such file")
-
-
 def check_report(path: Path) -> None:
     """UserError now, rather than after all questions, if the report cannot be written."""
     with user_errors(f"--report {path}"):
+        if path.is_dir():
+            raise UserError(f"--report {path}: is a folder, expected a file")
         path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_dir():
-        raise UserError(f"--report {path}: is a folder, expected a file")
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
+            pass  # as the report will be written
 
 
 if __name__ == "__main__":

@@ -225,12 +225,16 @@ def test_flags_that_make_no_sense_are_wrong_usage(arguments, message, monkeypatc
             ["--weight", "no_such_weights", "--image", "{world}/images/red.png"],
             "no_such_weights: no such weights",
         ),
-        (["--image", "{world}/no.png"], "--image {world}/no.png: no such file"),
+        (["--image", "{world}/no.png"], "--image: cannot read image {world}/no.png ([Errno 2] No such file"),
         (["--image", "{world}/eval.jsonl"], "--image: cannot read image {world}/eval.jsonl"),
+        (["--image", "{too_long}"], "--image: cannot read image {too_long} ([Errno 36] File name too long"),
         (["--image_dir", "{world}/no"], "--image_dir {world}/no: no such folder"),
+        (["--image_dir", "{too_long}"], "--image_dir {too_long}: [Errno 36] File name too long"),
         (["--image_dir", "{world}"], "--image_dir {world}: no picture, expected .png"),
         (["--image", "{world}/images/red.png", "--prompt", "<image> <image>"], "2 <image> markers"),
         (["--data_path", "{world}/no.jsonl"], "{world}/no.jsonl does not exist, expected a JSONL"),
+        (["--data_path", "{too_long}"], "{too_long} cannot be read (File name too long), expected a JSONL"),
+        (["--data_path", "{world}/name.jsonl"], "name.jsonl:1: image '{too_long}' not found"),
         (["--data_path", "{world}/eval.jsonl"], "eval.jsonl:1: image 'blue.png' not found"),
         (["--data_path", "{world}/broken.jsonl"], "broken.jsonl:2: not JSON"),
         (["--data_path", "{world}/texts.jsonl"], "{world}/texts.jsonl: no question"),
@@ -239,6 +243,11 @@ def test_flags_that_make_no_sense_are_wrong_usage(arguments, message, monkeypatc
             "--report {world}: is a folder",
         ),
         (["--data_path", "{world}/text.jsonl", "--score", "--report", "{world}/text.jsonl/r"], "--report"),
+        (
+            ["--data_path", "{world}/text.jsonl", "--score", "--report", "/proc/r.json"],
+            "--report /proc/r.json",
+        ),
+        (["--data_path", "{world}/text.jsonl", "--score", "--report", "{too_long}"], "--report {too_long}: "),
         (["--image", "{world}/images/red.png", "--vision_model_path", "{world}"], "is not a vision encoder"),
         (
             ["--image", "{world}/images/red.png", "--vision_model_path", "{world}/no"],
@@ -257,11 +266,19 @@ def test_bad_input_is_one_clear_line(arguments, message, world, weight, monkeypa
     write_rows(world / "text.jsonl", [text])
     write_rows(world / "texts.jsonl", [{"text": "Nobody asks."}])
     (world / "broken.jsonl").write_text(json.dumps(text) + "\n{'single': 'quotes'}\n")
-    given = [argument.replace("{world}", str(world)) for argument in arguments]
+    write_rows(world / "name.jsonl", [row("", [("Hm?", "Ah.")], "a" * 300)])
+    places = {"{world}": str(world), "{too_long}": "a" * 300}
+    given = [filled(argument, places) for argument in arguments]
     if "--weight" not in given:
         given += ["--weight", str(weight)]
     code, _, error = call(monkeypatch, capsys, *given)
     assert code == 1
     (line,) = [line for line in error.splitlines() if line.startswith("error: ")]
-    assert message.replace("{world}", str(world)) in line
+    assert filled(message, places) in line
     assert "Traceback" not in error
+
+
+def filled(text: str, places: dict[str, str]) -> str:
+    for name, value in places.items():
+        text = text.replace(name, value)
+    return text

@@ -17,6 +17,7 @@ from trainer.cli import run_main
 
 RED_CELL = "38;2;255;0;0;48;2;255;0;0m▀"
 PROMPT = "> $"
+TOO_LONG = "a" * 300  # file systems take 255 bytes
 
 
 @pytest.fixture
@@ -170,13 +171,18 @@ def test_mistakes_are_one_line_and_the_chat_goes_on(world, weight, chat):
     (world / "images/broken.gif").write_bytes(b"no picture")
     mistakes = {
         "/image": "/image needs the path",
-        "/image no.png": "/image no.png: no such file",
+        "/image no.png": "/image: cannot read image no.png ([Errno 2] No such file",
         f"/image {world}/images/broken.gif": "/image: cannot read image",
+        f"/image {TOO_LONG}.png": "File name too long",
+        "/image ~nobody_at_all/x.png": "/image ~nobody_at_all/x.png: ",
         "/drop": "/drop : no such picture, there are 0",
         "/drop x": "/drop x: no such picture, there are 0",
         "/frob 1": "/frob: no such command, see /help",
         "/save notes.txt": "/save notes.txt: expected a file name that ends in .md or .json",
         f"/save {world}/eval.jsonl/chat.md": f"cannot write {world}/eval.jsonl/chat.md",
+        f"/save {TOO_LONG}.md": "File name too long",
+        "/save ~nobody_at_all/x.md": "/save ~nobody_at_all/x.md: ",
+        "/save \0.md": "/save \0.md: embedded null",
         "Is <image> blue?": "1 <image> markers in the user's turns, but 0 images",
     }
     code, out, error = chat(*mistakes, "/help", arguments=["--weight", weight])
@@ -190,7 +196,10 @@ def test_mistakes_are_one_line_and_the_chat_goes_on(world, weight, chat):
 
 @pytest.mark.parametrize(
     ("image", "message"),
-    [("no.png", "--image {world}/no.png: no such file"), ("eval.jsonl", "cannot read image")],
+    [
+        ("no.png", "--image: cannot read image {world}/no.png ([Errno 2] No such file"),
+        ("eval.jsonl", "cannot read image"),
+    ],
 )
 def test_a_first_picture_that_is_not_usable_ends_it(image, message, world, weight, chat):
     code, _, error = chat("Hm?", arguments=["--weight", weight, "--image", world / image])
