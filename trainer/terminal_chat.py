@@ -73,7 +73,7 @@ class TerminalChat:
 
     def run(self, pictures: Sequence[str] = ()) -> None:
         """Begins with `pictures` for the first question. KeyboardInterrupt if Ctrl-C comes at the prompt."""
-        with contextlib.suppress(ImportError):  # Windows has no readline
+        with contextlib.suppress(ImportError):  # some builds of Python have no readline
             import readline  # noqa: F401  gives input() its arrow keys and history, of this session alone
         for path in pictures:
             self.add(path)
@@ -97,9 +97,7 @@ class TerminalChat:
     def add(self, argument: str) -> None:
         if not argument:
             raise UserError("/image needs the path of a picture")
-        path = Path(argument.strip("'\"")).expanduser()  # terminals quote what is dropped on them
-        if not path.is_file():
-            raise UserError(f"/image {path}: no such file")
+        path = typed_path("/image", argument)
         picture = open_image(str(path), "/image")
         features = [encode_picture(speaker.model, speaker.processor, picture) for speaker in self.speakers]
         self.pictures.append(Picture(path, features))
@@ -195,12 +193,13 @@ class TerminalChat:
         return limit - used
 
     def save(self, argument: str) -> None:
-        path = Path(argument).expanduser()
+        path = typed_path("/save", argument)
         writers = {".md": self.as_markdown, ".json": self.as_json}
         if path.suffix not in writers:
             raise UserError(f"/save {argument}: expected a file name that ends in .md or .json")
         text = writers[path.suffix]()
-        write_file(path, lambda file: file.write(text.encode()))
+        with user_errors(f"/save {argument}"):
+            write_file(path, lambda file: file.write(text.encode()))
         print(f"saved {path}")
 
     def as_markdown(self) -> str:
@@ -223,6 +222,15 @@ class TerminalChat:
             turns = self.messages(number, "")[:-1]
             rows.append({"weight": speaker.name, "image": shown, "conversations": turns})
         return json.dumps(rows, indent=2, ensure_ascii=False) + "\n"
+
+
+def typed_path(command: str, argument: str) -> Path:
+    """The path that was typed after `command`. UserError where its `~user` is unknown."""
+    path = Path(argument.strip("'\""))  # terminals quote what is dropped on them
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise UserError(f"{command} {path}: no such home folder") from None
 
 
 def read_line() -> str | None:
