@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -53,6 +54,11 @@ class Turn:
 
     question: str
     answers: list[str]
+
+    def messages(self, number: int) -> list[dict[str, str]]:
+        """As the model of that number has had it."""
+        answer = {"role": "assistant", "content": self.answers[number]}
+        return [{"role": "user", "content": self.question}, answer]
 
 
 class TerminalChat:
@@ -150,7 +156,7 @@ class TerminalChat:
             features = [picture.features[number] for picture in self.pictures]
             sampling = replace(self.sampling, max_new_tokens=min(room[number], self.sampling.max_new_tokens))
             answers.append(self.stream(speaker, messages, features, sampling))
-        if any(answers):
+        if any(answer.strip() for answer in answers):
             self.turns.append(Turn(question, answers))
 
     def stream(self, speaker: Speaker, messages: list, features: list, sampling: Sampling) -> str:
@@ -174,10 +180,7 @@ class TerminalChat:
 
     def messages(self, number: int, question: str) -> list[dict[str, str]]:
         """The conversation as the model of that number has had it, and the next question."""
-        found = []
-        for turn in self.turns:
-            found.append({"role": "user", "content": turn.question})
-            found.append({"role": "assistant", "content": turn.answers[number]})
+        found = [message for turn in self.turns for message in turn.messages(number)]
         return [*found, {"role": "user", "content": question}]
 
     def room(self, speaker: Speaker, messages: list[dict[str, str]]) -> int:
@@ -208,19 +211,26 @@ class TerminalChat:
         for turn in self.turns:
             asked = turn.question.replace(IMAGE_MARKER, "")
             parts.append(f"**You:** {escape_markdown(asked)}")
-            for _, picture in zip(range(turn.question.count(IMAGE_MARKER)), pictures, strict=False):
+            for picture in islice(pictures, turn.question.count(IMAGE_MARKER)):
                 parts.append(f"![{escape_markdown(picture.path.name)}](<{picture.path.resolve()}>)")
             for speaker, answer in zip(self.speakers, turn.answers, strict=True):
                 parts.append(f"**{escape_markdown(speaker.name)}:** {escape_markdown(answer)}")
         return "\n\n".join(parts) + "\n"
 
     def as_json(self) -> str:
-        """Rows as training and evaluation read them, one for each model."""
-        shown = [str(picture.path.resolve()) for picture in self.pictures[: self.shown()]]
+        """Rows as training and evaluation read them, one for each model, without the questions that it left
+        unanswered and their pictures."""
         rows = []
         for number, speaker in enumerate(self.speakers):
-            turns = self.messages(number, "")[:-1]
-            rows.append({"weight": speaker.name, "image": shown, "conversations": turns})
+            pictures = iter(self.pictures)
+            shown, turns = [], []
+            for turn in self.turns:
+                asked_about = list(islice(pictures, turn.question.count(IMAGE_MARKER)))
+                if turn.answers[number].strip():
+                    shown += [str(picture.path.resolve()) for picture in asked_about]
+                    turns += turn.messages(number)
+            if turns:
+                rows.append({"weight": speaker.name, "image": shown, "conversations": turns})
         return json.dumps(rows, indent=2, ensure_ascii=False) + "\n"
 
 

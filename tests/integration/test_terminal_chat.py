@@ -12,6 +12,8 @@ import torch
 from conftest import ROOT
 
 import eval_vlm
+from dataset.rows import load_rows
+from trainer import terminal_chat
 from trainer.checkpoint import save_weights
 from trainer.cli import run_main
 
@@ -238,3 +240,28 @@ def test_several_models_answer_side_by_side_each_in_its_own_conversation(world, 
     assert (first["weight"], second["weight"]) == (str(weight), str(other))
     assert first["image"] == second["image"] == [str(world / "images/yellow.png")]
     assert first["conversations"][1] != second["conversations"][1]
+
+
+def test_what_is_saved_is_read_though_a_model_was_silent(world, weight, chat, monkeypatch, tmp_path):
+    """Two models, three questions, each about a picture of its own; the last one gets no answer at all."""
+    answers = iter(["It is red.", " \n", "", "It is blue.", " ", "\n"])
+    monkeypatch.setattr(terminal_chat, "stream_answer", lambda *_: (piece for piece in [next(answers)]))
+    lines = []
+    for colour in ("red", "blue", "green"):
+        lines += [f"/image {world}/images/{colour}.png", f"{colour}?"]
+    saved = tmp_path / "chat.json"
+    code, _, _ = chat(*lines, f"/save {saved}", arguments=["--weight", weight, weight])
+    assert code == 0
+    found = [(row["images"], row["contents"]) for row in load_rows([saved])]
+    assert found == [
+        ([f"{world}/images/{colour}.png"], [f"<image>\n{colour}?", f"It is {colour}."])
+        for colour in ("red", "blue")
+    ]
+
+
+def test_a_model_that_said_nothing_has_no_row(world, weight, chat, monkeypatch, tmp_path):
+    answers = iter(["Yes.", ""])
+    monkeypatch.setattr(terminal_chat, "stream_answer", lambda *_: (piece for piece in [next(answers)]))
+    chat("Hm?", f"/save {tmp_path}/c.json", arguments=["--weight", weight, weight])
+    (row,) = load_rows([tmp_path / "c.json"])
+    assert row["contents"] == ["Hm?", "Yes."]
