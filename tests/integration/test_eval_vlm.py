@@ -1,5 +1,6 @@
 """eval_vlm.py as users run it, on a small model that has learnt by heart what it is asked."""
 
+import io
 import json
 import os
 import signal
@@ -127,6 +128,35 @@ def test_a_file_is_answered_in_chat_and_ctrl_c_ends_it_with_130(world, weight):
     assert lines[4:7] == ["image:  blue.png\n", "prompt: And in one word?\n", "answer: blue\n"]
     assert process.returncode == 130
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("buffered", [True, False], ids=["buffered", "PYTHONUNBUFFERED"])
+@pytest.mark.parametrize("stream", [[], ["--stream"]], ids=["whole", "streaming"])
+def test_a_reader_that_has_gone_ends_it_quietly(stream, buffered, world, weight, monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)  # as `| head -1` does, once it has its line
+    asked = ["--weight", weight, "--image_dir", world / "images", "--temperature", 0, *stream]
+    with text_stream(writer, buffered) as stdout:  # closing it flushes once more, as the interpreter does
+        monkeypatch.setattr(sys, "stdout", stdout)
+        code, _, error = call(monkeypatch, capsys, *asked)
+    assert code == 1
+    assert "rror" not in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("buffered", [True, False], ids=["buffered", "PYTHONUNBUFFERED"])
+def test_a_full_disk_behind_stdout_is_one_line(buffered, world, weight, monkeypatch, capsys):
+    asked = ["--weight", weight, "--image", world / "images/red.png", "--temperature", 0]
+    with text_stream(os.open("/dev/full", os.O_WRONLY), buffered) as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        code, _, error = call(monkeypatch, capsys, *asked)
+    assert code == 1
+    lines = [line for line in error.splitlines() if "rror" in line]
+    assert lines == ["error: cannot write to stdout: No space left on device"]
+
+
+def text_stream(descriptor: int, buffered: bool) -> io.TextIOWrapper:
+    binary = os.fdopen(descriptor, "wb", -1 if buffered else 0)
+    return io.TextIOWrapper(binary, "utf-8", write_through=not buffered)
 
 
 def call(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
