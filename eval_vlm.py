@@ -9,12 +9,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import TextStreamer
-
 from dataset.images import PICTURE_SUFFIXES, pictures_in
 from dataset.rows import load_rows
 from trainer.arguments import DTYPES, flag, optional_flag
-from trainer.ask import Answer, Speaker, ask
+from trainer.ask import UNPRINTABLE, Answer, Speaker, TerminalStreamer, ask
 from trainer.chat import Sampling
 from trainer.checkpoint import write_json
 from trainer.cli import UserError, parse_flags, run_main, user_errors
@@ -165,12 +163,11 @@ def ask_all(speakers: list[Speaker], questions: list[Question], flags: EvalFlags
 
 
 def ask_one(speaker: Speaker, question: Question, flags: EvalFlags, named: bool) -> Answer:
-    tokenizer = speaker.processor.tokenizer
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if flags.stream else None
+    streamer = TerminalStreamer(speaker.processor) if flags.stream else None
     print(f"{speaker.name}: " if named else "answer: ", end="", flush=True)
     answer = ask(speaker, question, sampling(flags), streamer)
     if not flags.stream:
-        print(answer.text, flush=True)
+        print(answer.text.translate(UNPRINTABLE), flush=True)
     rate = answer.tokens_per_second
     log.info("%d tokens in %.2f s (%.1f tokens/s)", answer.tokens, answer.seconds, rate)
     return answer

@@ -18,7 +18,7 @@ import torch
 from dataset.errors import DataError
 from dataset.images import open_image
 from model.processing_vlm import IMAGE_MARKER
-from trainer.ask import Speaker
+from trainer.ask import UNPRINTABLE, Speaker
 from trainer.chat import Sampling, encode_picture, stream_answer
 from trainer.checkpoint import write_file
 from trainer.cli import UserError, user_errors
@@ -36,8 +36,6 @@ HELP = """\
 /help         show this
 /quit         end, as Ctrl-D does
 Ctrl-C stops an answer; where none is being given, it ends the chat."""
-# A model may say anything: control characters would reach the terminal as commands.
-UNPRINTABLE = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 @dataclass

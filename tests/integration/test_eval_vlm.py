@@ -10,6 +10,7 @@ import sys
 import pytest
 from conftest import COLOURS, ROOT, row, write_rows
 from PIL import Image
+from transformers import PreTrainedTokenizerFast
 
 import eval_vlm
 from trainer.cli import run_main
@@ -128,6 +129,17 @@ def test_a_file_is_answered_in_chat_and_ctrl_c_ends_it_with_130(world, weight):
     assert lines[4:7] == ["image:  blue.png\n", "prompt: And in one word?\n", "answer: blue\n"]
     assert process.returncode == 130
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("stream", [[], ["--stream"]], ids=["whole", "streaming"])
+def test_an_answer_sends_no_commands_to_the_terminal(stream, world, weight, monkeypatch, capsys):
+    decode = PreTrainedTokenizerFast.decode
+    monkeypatch.setattr(
+        PreTrainedTokenizerFast, "decode", lambda *a, **b: decode(*a, **b).replace("red", "\x1b[2J\rred\x9b")
+    )
+    asked = ["--image", world / "images/red.png", "--prompt", "What colour is this?", "--temperature", 0]
+    _, out, _ = call(monkeypatch, capsys, "--weight", weight, *asked, *stream)
+    assert out.splitlines()[2] == "answer: It is [2Jred."
 
 
 @pytest.mark.parametrize("buffered", [True, False], ids=["buffered", "PYTHONUNBUFFERED"])
