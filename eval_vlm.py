@@ -4,21 +4,20 @@ Without pictures or a file the shipped ones in dataset/eval_images/ are describe
 """
 
 import logging
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import TextStreamer
-
 from dataset.images import PICTURE_SUFFIXES, pictures_in
 from dataset.rows import load_rows
 from trainer.arguments import DTYPES, flag, optional_flag
-from trainer.ask import Answer, Speaker, ask
+from trainer.ask import UNPRINTABLE, Answer, Speaker, TerminalStreamer, ask
 from trainer.chat import Sampling
 from trainer.checkpoint import write_json
 from trainer.cli import UserError, parse_flags, run_main, user_errors
 from trainer.distributed import Runtime, autocast, resolve_dtype, runtime
-from trainer.evaluation import Question, questions_of
+from trainer.evaluation import Question, check_pictures, pictures_of, questions_of
 from trainer.setup import DEMO_FOLDER, PUBLISHED_NAME, SHIPPED_PICTURES, default_weight, load_vlm
 
 log = logging.getLogger(__name__)
@@ -114,7 +113,7 @@ def main() -> int:
     flags = parse_flags(EvalFlags, __doc__)
     weights = flags.weight or [default_weight()]
     questions = [] if flags.perplexity or flags.chat else list(find_questions(flags))
-    check_images(flags.image)
+    check_pictures(dict.fromkeys(flags.image, "--image") | pictures_of(questions))
     if flags.report:
         check_report(Path(flags.report))
     with runtime(flags.device, flags.seed) as run, autocast(flags.dtype, run.device):
@@ -164,12 +163,11 @@ def ask_all(speakers: list[Speaker], questions: list[Question], flags: EvalFlags
 
 
 def ask_one(speaker: Speaker, question: Question, flags: EvalFlags, named: bool) -> Answer:
-    tokenizer = speaker.processor.tokenizer
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if flags.stream else None
+    streamer = TerminalStreamer(speaker.processor) if flags.stream else None
     print(f"{speaker.name}: " if named else "answer: ", end="", flush=True)
     answer = ask(speaker, question, sampling(flags), streamer)
     if not flags.stream:
-        print(answer.text, flush=True)
+        print(answer.text.translate(UNPRINTABLE), flush=True)
     rate = answer.tokens_per_second
     log.info("%d tokens in %.2f s (%.1f tokens/s)", answer.tokens, answer.seconds, rate)
     return answer
@@ -223,8 +221,9 @@ def find_questions(flags: EvalFlags) -> Iterator[Question]:
         yield Question("--image", [{"role": "user", "content": flags.prompt}], flags.image)
     else:
         folder = Path(flags.image_dir or SHIPPED_PICTURES)
-        if not folder.is_dir():
-            raise UserError(f"--image_dir {folder}: no such folder")
+        with user_errors(f"--image_dir {folder}"):  # raises for a name that is too long
+            if not folder.is_dir():
+                raise UserError(f"--image_dir {folder}: no such folder")
         pictures = pictures_in(folder)
         if not pictures:
             raise UserError(f"--image_dir {folder}: no picture, expected {', '.join(PICTURE_SUFFIXES)} files")
@@ -232,18 +231,14 @@ def find_questions(flags: EvalFlags) -> Iterator[Question]:
             yield Question("--image_dir", [{"role": "user", "content": flags.prompt}], [str(path)])
 
 
-def check_images(paths: list[str]) -> None:
-    for path in paths:
-        if not Path(path).is_file():
-            raise UserError(f"--image {path}: no such file")
-
-
 def check_report(path: Path) -> None:
     """UserError now, rather than after all questions, if the report cannot be written."""
     with user_errors(f"--report {path}"):
+        if path.is_dir():
+            raise UserError(f"--report {path}: is a folder, expected a file")
         path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_dir():
-        raise UserError(f"--report {path}: is a folder, expected a file")
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
+            pass  # as the report will be written
 
 
 if __name__ == "__main__":

@@ -34,8 +34,7 @@ def load_rows(paths: list[Path], images_path: Path | None = None) -> Dataset:
     """
     stamps = []
     for path in paths:
-        if not path.is_file():
-            found = "is a folder" if path.is_dir() else "does not exist"
+        if found := _why_no_file(path):
             raise DataError(f"{path} {found}, expected a JSONL or JSON file")
         stamps.append([str(path.resolve()), path.stat().st_mtime_ns, path.stat().st_size])
     root = str(images_path.resolve()) if images_path else ""
@@ -52,6 +51,14 @@ def load_rows(paths: list[Path], images_path: Path | None = None) -> Dataset:
         raise
 
 
+def _why_no_file(path: Path) -> str:
+    """Empty where there is such a file."""
+    try:
+        return "" if path.is_file() else "is a folder" if path.is_dir() else "does not exist"
+    except OSError as error:  # before Python 3.14: a name that is too long, a folder without permission
+        return f"cannot be read ({error.strerror})"
+
+
 def resolve_image(image: str, images_root: str) -> str:
     return image if Path(image).is_absolute() else str(Path(images_root) / image)
 
@@ -64,7 +71,7 @@ def _read(stamps: list[list], images_root: str) -> Iterator[dict]:
             clean = normalise_row(row, where)
             for image in clean["images"]:
                 if image not in known:
-                    if not Path(resolve_image(image, images_root)).is_file():
+                    if _why_no_file(Path(resolve_image(image, images_root))):
                         raise DataError(f"{where}: image {image!r} not found below {images_root or '.'!r}")
                     known.add(image)
             empty = False

@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass
 
+from transformers import TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from model.model_vlm import MiniMindVLM
@@ -10,6 +11,9 @@ from model.processing_vlm import MiniMindVLMProcessor
 from trainer.chat import Sampling
 from trainer.cli import user_errors
 from trainer.evaluation import Question, encode_pictures, encode_question, prepare
+
+# A model may say anything: control characters would reach the terminal as commands.
+UNPRINTABLE = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 @dataclass
@@ -50,3 +54,13 @@ def ask(
     seconds = time.perf_counter() - start
     new = output[0, inputs["input_ids"].shape[1] :]  # (new,)
     return Answer(processor.tokenizer.decode(new, skip_special_tokens=True), len(new), seconds)
+
+
+class TerminalStreamer(TextStreamer):
+    """Prints an answer while it is generated."""
+
+    def __init__(self, processor: MiniMindVLMProcessor):
+        super().__init__(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        super().on_finalized_text(text.translate(UNPRINTABLE), stream_end)

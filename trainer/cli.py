@@ -1,12 +1,14 @@
 """What every entry point does alike: flags from a dataclass, one-line errors, exit codes, logging.
 
-Exit codes: 0 done, 1 data or files not usable, 2 wrong usage, 130 and 143 stopped by SIGINT and SIGTERM.
+Exit codes: 0 done, 1 data or files not usable, stdout included (quietly, where its reader has gone), 2 wrong
+usage, 130 and 143 stopped by SIGINT and SIGTERM.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -26,6 +28,8 @@ def user_errors(what: str = "") -> Iterator[None]:
     UserError."""
     try:
         yield
+    except BrokenPipeError:  # not bad input, but a reader of stdout that has gone
+        raise
     except (OSError, ValueError) as error:
         message = " ".join(str(error).split())
         raise UserError(f"{what}: {message}" if what else message) from error
@@ -56,11 +60,29 @@ def run_main(main: Callable[[], int | None]) -> None:
     for noisy in ("httpx", "httpx2", "datasets"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
-        code = main()
+        try:
+            code = main()
+        except OSError:
+            write_stdout("\n")  # fails too if it was stdout that failed
+            raise
+        finally:
+            write_stdout("")
     except (UserError, DataError) as error:
-        if str(error):  # empty where another rank tells what happened
+        if str(error):  # empty where another rank tells what happened, or nobody reads any more
             print(f"error: {error}", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
         code = 130
     sys.exit(code)
+
+
+def write_stdout(text: str) -> None:
+    """UserError where stdout, or what is buffered for it, cannot be written; without a message where its
+    reader has gone, as `head` does."""
+    try:
+        print(text, end="", flush=True)
+    except OSError as error:
+        unread = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(unread, sys.stdout.fileno())  # the interpreter flushes once more, and would raise again
+        told = "" if isinstance(error, BrokenPipeError) else f"cannot write to stdout: {error.strerror}"
+        raise UserError(told) from None

@@ -17,7 +17,7 @@ from dataset.images import open_image
 from trainer.ask import Answer
 from trainer.checkpoint import write_file
 from trainer.cli import user_errors
-from trainer.evaluation import Question
+from trainer.evaluation import Question, pictures_of
 
 THUMBNAIL = 256  # pixels of the longer side
 
@@ -138,11 +138,6 @@ def saved_thumbnails(questions: Sequence[Question], path: Path) -> dict[str, Mar
         write_file(file_path, lambda file, content=content: file.write(content))
         found[image] = Markup(quote(f"{folder.name}/{file_path.name}"))
     return found
-
-
-def pictures_of(questions: Sequence[Question]) -> dict[str, str]:
-    """Each picture once -> where it is asked about."""
-    return {image: question.where for question in questions for image in question.images}
 
 
 def thumbnail(path: str, where: str) -> bytes:

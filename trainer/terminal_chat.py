@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ import torch
 from dataset.errors import DataError
 from dataset.images import open_image
 from model.processing_vlm import IMAGE_MARKER
-from trainer.ask import Speaker
+from trainer.ask import UNPRINTABLE, Speaker
 from trainer.chat import Sampling, encode_picture, stream_answer
 from trainer.checkpoint import write_file
 from trainer.cli import UserError, user_errors
@@ -35,8 +36,6 @@ HELP = """\
 /help         show this
 /quit         end, as Ctrl-D does
 Ctrl-C stops an answer; where none is being given, it ends the chat."""
-# A model may say anything: control characters would reach the terminal as commands.
-UNPRINTABLE = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 @dataclass
@@ -53,6 +52,11 @@ class Turn:
 
     question: str
     answers: list[str]
+
+    def messages(self, number: int) -> list[dict[str, str]]:
+        """As the model of that number has had it."""
+        answer = {"role": "assistant", "content": self.answers[number]}
+        return [{"role": "user", "content": self.question}, answer]
 
 
 class TerminalChat:
@@ -73,7 +77,7 @@ class TerminalChat:
 
     def run(self, pictures: Sequence[str] = ()) -> None:
         """Begins with `pictures` for the first question. KeyboardInterrupt if Ctrl-C comes at the prompt."""
-        with contextlib.suppress(ImportError):  # Windows has no readline
+        with contextlib.suppress(ImportError):  # some builds of Python have no readline
             import readline  # noqa: F401  gives input() its arrow keys and history, of this session alone
         for path in pictures:
             self.add(path)
@@ -97,9 +101,7 @@ class TerminalChat:
     def add(self, argument: str) -> None:
         if not argument:
             raise UserError("/image needs the path of a picture")
-        path = Path(argument.strip("'\"")).expanduser()  # terminals quote what is dropped on them
-        if not path.is_file():
-            raise UserError(f"/image {path}: no such file")
+        path = typed_path("/image", argument)
         picture = open_image(str(path), "/image")
         features = [encode_picture(speaker.model, speaker.processor, picture) for speaker in self.speakers]
         self.pictures.append(Picture(path, features))
@@ -152,7 +154,7 @@ class TerminalChat:
             features = [picture.features[number] for picture in self.pictures]
             sampling = replace(self.sampling, max_new_tokens=min(room[number], self.sampling.max_new_tokens))
             answers.append(self.stream(speaker, messages, features, sampling))
-        if any(answers):
+        if any(answer.strip() for answer in answers):
             self.turns.append(Turn(question, answers))
 
     def stream(self, speaker: Speaker, messages: list, features: list, sampling: Sampling) -> str:
@@ -176,10 +178,7 @@ class TerminalChat:
 
     def messages(self, number: int, question: str) -> list[dict[str, str]]:
         """The conversation as the model of that number has had it, and the next question."""
-        found = []
-        for turn in self.turns:
-            found.append({"role": "user", "content": turn.question})
-            found.append({"role": "assistant", "content": turn.answers[number]})
+        found = [message for turn in self.turns for message in turn.messages(number)]
         return [*found, {"role": "user", "content": question}]
 
     def room(self, speaker: Speaker, messages: list[dict[str, str]]) -> int:
@@ -195,12 +194,13 @@ class TerminalChat:
         return limit - used
 
     def save(self, argument: str) -> None:
-        path = Path(argument).expanduser()
+        path = typed_path("/save", argument)
         writers = {".md": self.as_markdown, ".json": self.as_json}
         if path.suffix not in writers:
             raise UserError(f"/save {argument}: expected a file name that ends in .md or .json")
         text = writers[path.suffix]()
-        write_file(path, lambda file: file.write(text.encode()))
+        with user_errors(f"/save {argument}"):
+            write_file(path, lambda file: file.write(text.encode()))
         print(f"saved {path}")
 
     def as_markdown(self) -> str:
@@ -209,20 +209,36 @@ class TerminalChat:
         for turn in self.turns:
             asked = turn.question.replace(IMAGE_MARKER, "")
             parts.append(f"**You:** {escape_markdown(asked)}")
-            for _, picture in zip(range(turn.question.count(IMAGE_MARKER)), pictures, strict=False):
+            for picture in islice(pictures, turn.question.count(IMAGE_MARKER)):
                 parts.append(f"![{escape_markdown(picture.path.name)}](<{picture.path.resolve()}>)")
             for speaker, answer in zip(self.speakers, turn.answers, strict=True):
                 parts.append(f"**{escape_markdown(speaker.name)}:** {escape_markdown(answer)}")
         return "\n\n".join(parts) + "\n"
 
     def as_json(self) -> str:
-        """Rows as training and evaluation read them, one for each model."""
-        shown = [str(picture.path.resolve()) for picture in self.pictures[: self.shown()]]
+        """Rows as training and evaluation read them, one for each model, without the questions that it left
+        unanswered and their pictures."""
         rows = []
         for number, speaker in enumerate(self.speakers):
-            turns = self.messages(number, "")[:-1]
-            rows.append({"weight": speaker.name, "image": shown, "conversations": turns})
+            pictures = iter(self.pictures)
+            shown, turns = [], []
+            for turn in self.turns:
+                asked_about = list(islice(pictures, turn.question.count(IMAGE_MARKER)))
+                if turn.answers[number].strip():
+                    shown += [str(picture.path.resolve()) for picture in asked_about]
+                    turns += turn.messages(number)
+            if turns:
+                rows.append({"weight": speaker.name, "image": shown, "conversations": turns})
         return json.dumps(rows, indent=2, ensure_ascii=False) + "\n"
+
+
+def typed_path(command: str, argument: str) -> Path:
+    """The path that was typed after `command`. UserError where its `~user` is unknown."""
+    path = Path(argument.strip("'\""))  # terminals quote what is dropped on them
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise UserError(f"{command} {path}: no such home folder") from None
 
 
 def read_line() -> str | None:

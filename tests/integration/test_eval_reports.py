@@ -121,6 +121,24 @@ def test_a_markdown_page_keeps_its_thumbnails_beside_it(world, weight, monkeypat
         assert picture.size == (48, 40)
 
 
+@pytest.mark.parametrize("mode", [["--report", "{folder}/r.md"], ["--score"]], ids=" ".join)
+def test_a_picture_that_is_cut_off_is_told_before_the_first_question(
+    mode, weight, tmp_path, monkeypatch, capsys
+):
+    pictures = [tmp_path / name for name in ("a.jpg", "b.jpg")]
+    for path in pictures:
+        Image.effect_noise((200, 200), 64).save(path)
+    content = pictures[1].read_bytes()
+    pictures[1].write_bytes(content[: len(content) // 2])
+    rows = [row("", [("Hm?", "Ah.")], str(path)) for path in pictures]
+    asked = ["--data_path", write_rows(tmp_path / "q.jsonl", rows), "--weight", weight]
+    asked += [part.replace("{folder}", str(tmp_path)) for part in mode]
+    code, out, error = call(monkeypatch, capsys, *asked)
+    assert (code, out) == (1, "")
+    (line,) = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert line.startswith(f"error: q.jsonl:2: cannot read image {pictures[1]} (")
+
+
 def test_perplexity_is_that_of_the_loss_over_supervised_tokens(world, weight, monkeypatch, capsys):
     report_path = world / "perplexity.json"
     where = ["--data_path", world / "eval.jsonl", "--images_path", world / "images", "--batch_size", 2]

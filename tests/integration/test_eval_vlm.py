@@ -1,5 +1,6 @@
 """eval_vlm.py as users run it, on a small model that has learnt by heart what it is asked."""
 
+import io
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import sys
 import pytest
 from conftest import COLOURS, ROOT, row, write_rows
 from PIL import Image
+from transformers import PreTrainedTokenizerFast
 
 import eval_vlm
 from trainer.cli import run_main
@@ -129,6 +131,46 @@ def test_a_file_is_answered_in_chat_and_ctrl_c_ends_it_with_130(world, weight):
     assert "Traceback" not in errors
 
 
+@pytest.mark.parametrize("stream", [[], ["--stream"]], ids=["whole", "streaming"])
+def test_an_answer_sends_no_commands_to_the_terminal(stream, world, weight, monkeypatch, capsys):
+    decode = PreTrainedTokenizerFast.decode
+    monkeypatch.setattr(
+        PreTrainedTokenizerFast, "decode", lambda *a, **b: decode(*a, **b).replace("red", "\x1b[2J\rred\x9b")
+    )
+    asked = ["--image", world / "images/red.png", "--prompt", "What colour is this?", "--temperature", 0]
+    _, out, _ = call(monkeypatch, capsys, "--weight", weight, *asked, *stream)
+    assert out.splitlines()[2] == "answer: It is [2Jred."
+
+
+@pytest.mark.parametrize("buffered", [True, False], ids=["buffered", "PYTHONUNBUFFERED"])
+@pytest.mark.parametrize("stream", [[], ["--stream"]], ids=["whole", "streaming"])
+def test_a_reader_that_has_gone_ends_it_quietly(stream, buffered, world, weight, monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)  # as `| head -1` does, once it has its line
+    asked = ["--weight", weight, "--image_dir", world / "images", "--temperature", 0, *stream]
+    with text_stream(writer, buffered) as stdout:  # closing it flushes once more, as the interpreter does
+        monkeypatch.setattr(sys, "stdout", stdout)
+        code, _, error = call(monkeypatch, capsys, *asked)
+    assert code == 1
+    assert "rror" not in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("buffered", [True, False], ids=["buffered", "PYTHONUNBUFFERED"])
+def test_a_full_disk_behind_stdout_is_one_line(buffered, world, weight, monkeypatch, capsys):
+    asked = ["--weight", weight, "--image", world / "images/red.png", "--temperature", 0]
+    with text_stream(os.open("/dev/full", os.O_WRONLY), buffered) as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        code, _, error = call(monkeypatch, capsys, *asked)
+    assert code == 1
+    lines = [line for line in error.splitlines() if "rror" in line]
+    assert lines == ["error: cannot write to stdout: No space left on device"]
+
+
+def text_stream(descriptor: int, buffered: bool) -> io.TextIOWrapper:
+    binary = os.fdopen(descriptor, "wb", -1 if buffered else 0)
+    return io.TextIOWrapper(binary, "utf-8", write_through=not buffered)
+
+
 def call(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of eval_vlm.py, without the seconds that a process of its own takes."""
     monkeypatch.setattr(sys, "argv", ["eval_vlm.py", *map(str, arguments)])
@@ -225,12 +267,16 @@ def test_flags_that_make_no_sense_are_wrong_usage(arguments, message, monkeypatc
             ["--weight", "no_such_weights", "--image", "{world}/images/red.png"],
             "no_such_weights: no such weights",
         ),
-        (["--image", "{world}/no.png"], "--image {world}/no.png: no such file"),
+        (["--image", "{world}/no.png"], "--image: cannot read image {world}/no.png ([Errno 2] No such file"),
         (["--image", "{world}/eval.jsonl"], "--image: cannot read image {world}/eval.jsonl"),
+        (["--image", "{too_long}"], "--image: cannot read image {too_long} ([Errno 36] File name too long"),
         (["--image_dir", "{world}/no"], "--image_dir {world}/no: no such folder"),
+        (["--image_dir", "{too_long}"], "--image_dir {too_long}: [Errno 36] File name too long"),
         (["--image_dir", "{world}"], "--image_dir {world}: no picture, expected .png"),
         (["--image", "{world}/images/red.png", "--prompt", "<image> <image>"], "2 <image> markers"),
         (["--data_path", "{world}/no.jsonl"], "{world}/no.jsonl does not exist, expected a JSONL"),
+        (["--data_path", "{too_long}"], "{too_long} cannot be read (File name too long), expected a JSONL"),
+        (["--data_path", "{world}/name.jsonl"], "name.jsonl:1: image '{too_long}' not found"),
         (["--data_path", "{world}/eval.jsonl"], "eval.jsonl:1: image 'blue.png' not found"),
         (["--data_path", "{world}/broken.jsonl"], "broken.jsonl:2: not JSON"),
         (["--data_path", "{world}/texts.jsonl"], "{world}/texts.jsonl: no question"),
@@ -239,6 +285,11 @@ def test_flags_that_make_no_sense_are_wrong_usage(arguments, message, monkeypatc
             "--report {world}: is a folder",
         ),
         (["--data_path", "{world}/text.jsonl", "--score", "--report", "{world}/text.jsonl/r"], "--report"),
+        (
+            ["--data_path", "{world}/text.jsonl", "--score", "--report", "/proc/r.json"],
+            "--report /proc/r.json",
+        ),
+        (["--data_path", "{world}/text.jsonl", "--score", "--report", "{too_long}"], "--report {too_long}: "),
         (["--image", "{world}/images/red.png", "--vision_model_path", "{world}"], "is not a vision encoder"),
         (
             ["--image", "{world}/images/red.png", "--vision_model_path", "{world}/no"],
@@ -257,11 +308,19 @@ def test_bad_input_is_one_clear_line(arguments, message, world, weight, monkeypa
     write_rows(world / "text.jsonl", [text])
     write_rows(world / "texts.jsonl", [{"text": "Nobody asks."}])
     (world / "broken.jsonl").write_text(json.dumps(text) + "\n{'single': 'quotes'}\n")
-    given = [argument.replace("{world}", str(world)) for argument in arguments]
+    write_rows(world / "name.jsonl", [row("", [("Hm?", "Ah.")], "a" * 300)])
+    places = {"{world}": str(world), "{too_long}": "a" * 300}
+    given = [filled(argument, places) for argument in arguments]
     if "--weight" not in given:
         given += ["--weight", str(weight)]
     code, _, error = call(monkeypatch, capsys, *given)
     assert code == 1
     (line,) = [line for line in error.splitlines() if line.startswith("error: ")]
-    assert message.replace("{world}", str(world)) in line
+    assert filled(message, places) in line
     assert "Traceback" not in error
+
+
+def filled(text: str, places: dict[str, str]) -> str:
+    for name, value in places.items():
+        text = text.replace(name, value)
+    return text

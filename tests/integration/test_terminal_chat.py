@@ -12,11 +12,14 @@ import torch
 from conftest import ROOT
 
 import eval_vlm
+from dataset.rows import load_rows
+from trainer import terminal_chat
 from trainer.checkpoint import save_weights
 from trainer.cli import run_main
 
 RED_CELL = "38;2;255;0;0;48;2;255;0;0m▀"
 PROMPT = "> $"
+TOO_LONG = "a" * 300  # file systems take 255 bytes
 
 
 @pytest.fixture
@@ -170,13 +173,18 @@ def test_mistakes_are_one_line_and_the_chat_goes_on(world, weight, chat):
     (world / "images/broken.gif").write_bytes(b"no picture")
     mistakes = {
         "/image": "/image needs the path",
-        "/image no.png": "/image no.png: no such file",
+        "/image no.png": "/image: cannot read image no.png ([Errno 2] No such file",
         f"/image {world}/images/broken.gif": "/image: cannot read image",
+        f"/image {TOO_LONG}.png": "File name too long",
+        "/image ~nobody_at_all/x.png": "/image ~nobody_at_all/x.png: ",
         "/drop": "/drop : no such picture, there are 0",
         "/drop x": "/drop x: no such picture, there are 0",
         "/frob 1": "/frob: no such command, see /help",
         "/save notes.txt": "/save notes.txt: expected a file name that ends in .md or .json",
         f"/save {world}/eval.jsonl/chat.md": f"cannot write {world}/eval.jsonl/chat.md",
+        f"/save {TOO_LONG}.md": "File name too long",
+        "/save ~nobody_at_all/x.md": "/save ~nobody_at_all/x.md: ",
+        "/save \0.md": "/save \0.md: embedded null",
         "Is <image> blue?": "1 <image> markers in the user's turns, but 0 images",
     }
     code, out, error = chat(*mistakes, "/help", arguments=["--weight", weight])
@@ -190,7 +198,10 @@ def test_mistakes_are_one_line_and_the_chat_goes_on(world, weight, chat):
 
 @pytest.mark.parametrize(
     ("image", "message"),
-    [("no.png", "--image {world}/no.png: no such file"), ("eval.jsonl", "cannot read image")],
+    [
+        ("no.png", "--image: cannot read image {world}/no.png ([Errno 2] No such file"),
+        ("eval.jsonl", "cannot read image"),
+    ],
 )
 def test_a_first_picture_that_is_not_usable_ends_it(image, message, world, weight, chat):
     code, _, error = chat("Hm?", arguments=["--weight", weight, "--image", world / image])
@@ -229,3 +240,28 @@ def test_several_models_answer_side_by_side_each_in_its_own_conversation(world, 
     assert (first["weight"], second["weight"]) == (str(weight), str(other))
     assert first["image"] == second["image"] == [str(world / "images/yellow.png")]
     assert first["conversations"][1] != second["conversations"][1]
+
+
+def test_what_is_saved_is_read_though_a_model_was_silent(world, weight, chat, monkeypatch, tmp_path):
+    """Two models, three questions, each about a picture of its own; the last one gets no answer at all."""
+    answers = iter(["It is red.", " \n", "", "It is blue.", " ", "\n"])
+    monkeypatch.setattr(terminal_chat, "stream_answer", lambda *_: (piece for piece in [next(answers)]))
+    lines = []
+    for colour in ("red", "blue", "green"):
+        lines += [f"/image {world}/images/{colour}.png", f"{colour}?"]
+    saved = tmp_path / "chat.json"
+    code, _, _ = chat(*lines, f"/save {saved}", arguments=["--weight", weight, weight])
+    assert code == 0
+    found = [(row["images"], row["contents"]) for row in load_rows([saved])]
+    assert found == [
+        ([f"{world}/images/{colour}.png"], [f"<image>\n{colour}?", f"It is {colour}."])
+        for colour in ("red", "blue")
+    ]
+
+
+def test_a_model_that_said_nothing_has_no_row(world, weight, chat, monkeypatch, tmp_path):
+    answers = iter(["Yes.", ""])
+    monkeypatch.setattr(terminal_chat, "stream_answer", lambda *_: (piece for piece in [next(answers)]))
+    chat("Hm?", f"/save {tmp_path}/c.json", arguments=["--weight", weight, weight])
+    (row,) = load_rows([tmp_path / "c.json"])
+    assert row["contents"] == ["Hm?", "Yes."]
