@@ -1,5 +1,7 @@
 """Image files -> upright RGB pictures, and which files of a folder are such."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image, ImageOps
@@ -12,12 +14,25 @@ MAX_ASPECT = 100  # an encoder scales the shorter side: a line of one pixel woul
 
 def open_image(path: str, where: str) -> Image.Image:
     """The picture at `path`; DataError names the row (`where`) and the file that cannot be read."""
+    with _opened(path, where) as image:
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def check_image(path: str, where: str) -> None:
+    """The DataError that `open_image` would raise, found in less time."""
+    with _opened(path, where) as image:
+        image.draft("L", (1, 1))  # a JPEG at an eighth of its size: 4 to 8 times as fast
+        image.load()  # verify() would not see that a JPEG is cut off
+
+
+@contextlib.contextmanager
+def _opened(path: str, where: str) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as image:
             if max(image.size) > MAX_ASPECT * min(image.size):
                 width, height = image.size
                 raise ValueError(f"{width} x {height} pixels, one side over {MAX_ASPECT} times the other")
-            return ImageOps.exif_transpose(image).convert("RGB")
+            yield image
     except Exception as error:  # Pillow's decoders raise whatever comes up in a broken file
         raise DataError(f"{where}: cannot read image {path} ({error})") from None
 
