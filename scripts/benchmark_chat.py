@@ -1,8 +1,8 @@
 """How long somebody waits who asks about one picture: until the first token, and from token to token.
 
     python scripts/benchmark_chat.py
-Random weights, fp32 on a CPU, one stream, greedy. What is timed is all that a chat does: the picture is
-prepared and encoded, the prompt is read, tokens are generated.
+Random weights, one stream, greedy; in fp32 on a CPU unless flags say otherwise. What is timed is all that a
+chat does: the picture is prepared and encoded, the prompt is read, tokens are generated.
 """
 
 import argparse
@@ -21,9 +21,13 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmark import synchronize
+
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.processing_vlm import MiniMindVLMProcessor
+from trainer.arguments import DTYPES
 from trainer.chat import encode_picture
+from trainer.cli import run_main
 from trainer.distributed import autocast, runtime
 from trainer.evaluation import prepare
 from trainer.setup import DEFAULT_TOKENIZER, special_ids
@@ -42,7 +46,9 @@ def main() -> None:
     parser.add_argument("--hidden_size", type=int, default=512, help="width of the language model")
     parser.add_argument("--num_hidden_layers", type=int, default=8, help="its layers")
     parser.add_argument("--vision_layers", type=int, default=12, help="layers of the encoder, else ViT-B/16")
-    parser.add_argument("--dtype", default="float32", help="auto is what the hardware is fast in")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="auto is what the hardware is fast in"
+    )
     parser.add_argument("--device", default="cpu", help="cuda or cpu")
     parser.add_argument("--json", type=Path, help="file for every figure")
     options = parser.parse_args()
@@ -76,6 +82,7 @@ def measure(model: MiniMindVLM, processor: MiniMindVLMProcessor, tokens: int) ->
     clock = Clock()
     start = time.perf_counter()
     features = {"picture": encode_picture(model, processor, picture)}
+    synchronize(model.device)
     encoded = time.perf_counter() - start
     prompt = processor.encode_prompt(QUESTION, 1)
     inputs = prepare(processor, [prompt], [list(features)], features).to(model.device)
@@ -102,4 +109,4 @@ class Clock(BaseStreamer):
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -3,15 +3,19 @@
 Every answer must be the one that the same question gets when nobody else asks (exit code 1 if not).
 """
 
+import contextlib
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+import httpx
 import numpy as np
 from gradio_client import Client, handle_file
+from gradio_client.client import Job
+from gradio_client.utils import QueueError, TooManyRequestsError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -53,12 +57,12 @@ def main() -> int:
     pictures = pictures_in(folder)
     if not pictures:
         raise UserError(f"--image_dir {folder}: no picture, expected {', '.join(PICTURE_SUFFIXES)} files")
-    with user_errors(f"--url {flags.url}"):
+    with page_errors(flags):
         alone = {path: chat(connect(flags.url), path, flags.prompt) for path in pictures[: flags.chats]}
         clients = [connect(flags.url) for _ in range(flags.chats)]
     asked = [pictures[number % len(pictures)] for number in range(flags.chats)]
     start = time.perf_counter()
-    with ThreadPoolExecutor(flags.chats) as pool:
+    with page_errors(flags), ThreadPoolExecutor(flags.chats) as pool:
         together = list(pool.map(chat, clients, asked, [flags.prompt] * flags.chats))
     seconds = time.perf_counter() - start
 
@@ -74,8 +78,22 @@ def main() -> int:
     return int(wrong > 0)
 
 
+@contextlib.contextmanager
+def page_errors(flags: LoadFlags) -> Iterator[None]:
+    """Turns what the client raises where the page is not there, or refuses a question, into UserError."""
+    try:
+        with user_errors(f"--url {flags.url}"):
+            yield
+    except QueueError:
+        raise UserError(
+            f"--chats {flags.chats}: the page's queue is full, see --max_queue of web_demo.py"
+        ) from None
+    except (httpx.HTTPError, httpx.InvalidURL, TooManyRequestsError) as error:
+        raise UserError(f"--url {flags.url}: {error}") from error
+
+
 def connect(url: str) -> Client:
-    return Client(url, verbose=False, analytics_enabled=False)
+    return Client(url, download_files=False, verbose=False, analytics_enabled=False)
 
 
 def chat(client: Client, picture: Path, prompts: list[str]) -> list[Turn]:
@@ -85,9 +103,12 @@ def chat(client: Client, picture: Path, prompts: list[str]) -> list[Turn]:
         message = {"text": prompt, "files": [] if number else [handle_file(str(picture))]}
         start = time.perf_counter()
         job = client.submit(message, temperature=0, api_name="/ask")
-        first = next((time.perf_counter() for _ in job), start)
+        # The page shows the question before its answer begins. Iterating over a refused job never ends.
+        while not (job.done() or any(texts(job)[2 * number + 1 :])):
+            time.sleep(0.005)
+        first = time.perf_counter()
         job.result()
-        shown = texts(job.outputs()[-1][1])
+        shown = texts(job)
         expected = [text for text, turn in zip(prompts, turns, strict=False) for text in (text, turn.answer)]
         if shown[:-1] != [*expected, prompt]:
             raise UserError(f"{picture.name}: the chat shows {shown}, expected {[*expected, prompt, '...']}")
@@ -95,8 +116,12 @@ def chat(client: Client, picture: Path, prompts: list[str]) -> list[Turn]:
     return turns
 
 
-def texts(messages: list[dict[str, Any]]) -> list[str]:
-    """The chat's texts in their order, without its pictures."""
+def texts(job: Job) -> list[str]:
+    """The chat's texts in their order, without its pictures; none where the page has not shown it anew."""
+    outputs = job.outputs()
+    messages = outputs[-1][1] if outputs else []
+    if isinstance(messages, dict):  # an update that changes nothing
+        return []
     parts = [part for message in messages for part in message["content"]]
     return [part["text"] for part in parts if part["type"] == "text"]
 

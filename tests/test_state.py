@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -177,6 +178,16 @@ def test_the_newest_is_the_one_that_was_saved_last(checkpoints, tmp_path):
     again.save({"progress": {"step": 7}, "model": {}}, False)
     again.close()
     assert read_steps(tmp_path) == [7, 9]
+
+
+def test_a_kill_while_a_run_is_cleared_leaves_its_newest_checkpoint(checkpoints, tmp_path, monkeypatch):
+    again = Checkpoints(checkpoints.folder, 2, True)
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr("shutil.rmtree", Mock(side_effect=KeyboardInterrupt))
+        again.clear()
+    assert read_steps(tmp_path) == [9]
+    Checkpoints(checkpoints.folder, 2, True).clear()
+    assert not checkpoints.folder.exists()
 
 
 def test_changed_flags_are_named(checkpoints, data, processor):

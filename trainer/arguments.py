@@ -119,6 +119,8 @@ class TrainingFlags:
         for name in NOT_NEGATIVE:
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{name} must not be negative, found {getattr(self, name)}")
+        if self.seed >= 2**64:  # torch takes no larger ones
+            raise ValueError(f"--seed must be below 2**64, found {self.seed}")
         if self.max_seq_len > MAX_POSITIONS:
             raise ValueError(f"--max_seq_len must be at most {MAX_POSITIONS}, found {self.max_seq_len}")
         if self.hidden_size % (2 * self.num_attention_heads):  # RoPE turns pairs

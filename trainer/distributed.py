@@ -124,7 +124,7 @@ def runtime(device: str | None, seed: int):
         )
         _kept_groups.append(dist.group.WORLD)
     random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002  libraries draw from it
+    np.random.seed(seed % 2**32)  # noqa: NPY002  libraries draw from it
     torch.manual_seed(seed)
     try:
         yield Runtime(chosen, rank, world_size)
@@ -151,6 +151,8 @@ def _device(name: str | None) -> torch.device:
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.empty(1, device=device)
+        if not torch.amp.is_autocast_available(device.type):  # meta is there, but holds no numbers
+            raise RuntimeError("nothing can be computed on it")
         if device.type == "cuda":
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:

@@ -5,7 +5,6 @@ import dataclasses
 import logging
 import os
 import secrets
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,8 +87,9 @@ def run_stage(flags: TrainingFlags, stage: str, bases: tuple[str, ...]) -> int:
         checkpoints = Checkpoints(
             run_dir / "checkpoints", flags.keep_checkpoints, run.is_main, about, write_weights
         )
-        if run.is_main:
-            shutil.rmtree(replaced(checkpoints.folder), ignore_errors=True)
+        if flags.resume == "never" and checkpoint is None:
+            with run.together(), user_errors("--resume never"):
+                checkpoints.clear()
         metrics = Metrics(run_dir, total_steps, run, stage, tracker, resumed_step)
         parts = model, samples, eval_samples, flags, run, metrics, checkpoints, total_steps
 
@@ -160,12 +160,14 @@ def find_checkpoint(resume: str, folder: Path, run: Runtime) -> Checkpoint | Non
     Ranks that torchrun has started again go on with what this run has done, whatever --resume says.
     """
     (restarts,) = run.sum(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))  # agents count differently
-    if resume == "never" and not restarts:
-        with run.together():
-            if run.is_main and folder.exists():  # removed once the new run begins
-                shutil.rmtree(replaced(folder), ignore_errors=True)
-                folder.rename(replaced(folder))
-        return None
+    if resume == "never":
+        old = folder / ".resume-never"  # there as long as the folder is that of the run before
+        with run.together(), user_errors("--resume never"):
+            if run.is_main and not restarts and folder.exists():
+                old.touch()
+        (is_old,) = run.sum(run.is_main and old.exists())
+        if is_old or not restarts:
+            return None
     if resume not in ("auto", "never") and not (restarts and folder.exists()):
         checkpoint = read_checkpoint(Path(resume))
         if checkpoint is None or not checkpoint.intact():
@@ -179,11 +181,6 @@ def find_checkpoint(resume: str, folder: Path, run: Runtime) -> Checkpoint | Non
             step = newest.about["step"]
     (step,) = run.sum(step if run.is_main else 0)
     return read_checkpoint(folder / f"step-{step:.0f}") if step >= 0 else None
-
-
-def replaced(folder: Path) -> Path:
-    """Where the checkpoints of a run go that is to be started over."""
-    return folder.with_name(f"{folder.name}.replaced")
 
 
 def open_samples(

@@ -88,6 +88,14 @@ class Checkpoints:
         for unfinished in folder.glob(".step-*") if is_main else ():  # of a process that was killed
             shutil.rmtree(unfinished, ignore_errors=True)
 
+    def clear(self) -> None:
+        """Removes the checkpoints of a run that is started over, the newest last: killed in between, it can
+        still be gone on with."""
+        if self.thread is not None:
+            for old in reversed(self.newest_first()):
+                remove(old.folder)
+            shutil.rmtree(self.folder, ignore_errors=True)
+
     def save(self, state: dict[str, Any], finished: bool) -> None:
         """Starts to write a state, whose tensors must not change any more, after the one before."""
         if self.thread is not None:

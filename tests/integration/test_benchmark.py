@@ -1,12 +1,14 @@
-"""scripts/benchmark.py measures both ways of doing the same work: equal losses, and figures that add up."""
+"""The benchmarks: both ways of doing the same work have equal losses, and figures add up."""
 
 import json
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 
 import dataset.collate
@@ -14,6 +16,7 @@ from trainer.distributed import runtime
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import benchmark
+import benchmark_chat
 
 TINY = "--hidden_size 64 --num_hidden_layers 2 --vision_layers 1 --batch_size 2 --dtype float32".split()
 
@@ -65,6 +68,29 @@ def test_time_to_the_first_token_and_after_it(tmp_path: Path):
     assert all(0 < share < 1 for share in figures["encoder_share"])
     median = sorted(figures["tokens_per_second"])[1]
     assert f"{median:.3f}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        (["--device", "cuda:99"], 1, "--device cuda:99: not available here"),
+        (["--dtype", "fp32"], 2, "invalid choice: 'fp32'"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(run, flags, code, message):
+    done = run("scripts/benchmark_chat.py", *flags, expect=code)
+    assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_encoders_share_is_read_when_its_work_is_done(monkeypatch: pytest.MonkeyPatch):
+    """On a GPU its call returns at once, and waiting for the device is what takes long."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "vision_layers": 1}
+    model, processor = benchmark_chat.build(Namespace(**sizes))
+    features = model.get_image_embeddings(torch.zeros(1, 3, 224, 224), model.vision_encoder)[0]
+    monkeypatch.setattr(benchmark_chat, "encode_picture", lambda *_: features)
+    monkeypatch.setattr(benchmark_chat, "synchronize", lambda _: time.sleep(0.2))
+    found = benchmark_chat.measure(model, processor, 2)
+    assert found["encoder_share"] * found["first_token_seconds"] >= 0.2
 
 
 def test_a_repeat_trains_and_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -134,6 +134,33 @@ def test_a_finished_run_is_reported_and_changed_flags_are_refused(data, tmp_path
     assert summary["loss"] == records(out, NAME)[-1]["loss"] and summary["arguments"]["learning_rate"] == 0.1
 
 
+def test_what_keeps_a_new_run_from_starting_keeps_the_old_one(data, tmp_path, run):
+    """--resume never removes nothing before base, model and data have been found good."""
+    out = tmp_path / "out"
+    command = pretrain(data, out, "--batch_size", 4, "--epochs", 2)
+    run(*command)
+    misspelt = [*command, "--resume", "never", "--data_path", tmp_path / "typo.jsonl"]
+    assert "typo.jsonl" in error_line(run(*misspelt, expect=1))
+    assert "done before, after 4 steps" in run(*command).stderr
+    run(*command, "--resume", "never", "--learning_rate", 0.1)
+    assert "done before, after 4 steps" in run(*command, "--learning_rate", 0.1).stderr
+    kept = sorted(path.name for path in (out / "runs" / NAME).iterdir())
+    assert kept == ["checkpoints", "metrics.jsonl", "summary.json"]
+    assert [path.name for path in (out / "runs" / NAME / "checkpoints").iterdir()] == ["step-4"]
+
+
+def test_ranks_started_again_go_on_with_the_new_run_alone(data, tmp_path, run):
+    """torchrun repeats `--resume never` with each start; what it replaces may not be gone at the first."""
+    out = tmp_path / "out"
+    command = pretrain(data, out, "--batch_size", 4, "--epochs", 2)
+    run(*command)
+    never = [*command, "--resume", "never", "--learning_rate", 0.1]
+    error_line(run(*never, "--data_path", tmp_path / "not_yet.jsonl", expect=1))
+    run(*never, TORCHELASTIC_RESTART_COUNT="1")
+    assert records(out, NAME)[0]["learning_rate"] == pytest.approx(0.1)
+    assert "done before, after 4 steps" in run(*never, TORCHELASTIC_RESTART_COUNT="2").stderr
+
+
 def test_a_checkpoint_can_be_named(data, tmp_path, run):
     out = tmp_path / "out"
     command = pretrain(data, out, "--batch_size", 2, "--epochs", 1, "--save_interval", 1)

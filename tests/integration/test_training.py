@@ -104,6 +104,12 @@ def test_one_seed_gives_one_result(data, tmp_path, run):
     assert losses[0] == losses[1] and len(losses[0]) == 12
 
 
+def test_a_large_seed_is_a_seed(data, tmp_path, run):
+    """Of the three libraries that are seeded, NumPy takes the smallest ones only."""
+    run(*pretrain(data, tmp_path / "out", "--max_steps", 1, "--seed", 2**64 - 1))
+    assert len(records(tmp_path / "out", "pretrain_vlm_64")) == 1
+
+
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_two_ranks_have_the_gradient_of_one(data, tmp_path, run, kind):
     worker = "tests/integration/gradient_worker.py"
@@ -194,6 +200,7 @@ def test_help_explains_every_flag_with_its_default(run):
         (["--cache_dtype", "int4"], "invalid choice: 'int4'"),
         (["--unknown", 1], "--unknown"),
         (["--learning_rate", "nan"], "--learning_rate must be above 0, found nan"),
+        (["--seed", 2**64], f"--seed must be below 2**64, found {2**64}"),
     ],
 )
 def test_wrong_usage_ends_with_two(run, flags, message):
@@ -224,6 +231,12 @@ def test_what_is_missing_is_named_with_the_way_out(data, tmp_path, run):
     assert f"--out_dir {in_the_way}: cannot be written" in line and in_the_way.read_text() == "mine"
     no_base = [part for part in command if part not in ("--from_weight", "none")]
     assert "no lm_64.pth in" in error_line(run(*no_base, expect=1))
+
+
+@pytest.mark.parametrize("device", ["meta", "cuda:99", "toaster"])
+def test_a_device_that_cannot_run_is_refused(data, tmp_path, run, device):
+    line = error_line(run(*pretrain(data, tmp_path / "out"), "--device", device, expect=1))
+    assert f"--device {device}: not available here" in line
 
 
 def test_a_full_disk_keeps_the_previous_weights(data, tmp_path):
