@@ -81,6 +81,8 @@ class EvalFlags:
         for name in ("temperature", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} must not be negative, found {getattr(self, name)}")
+        if self.seed >= 2**64:  # torch takes no larger ones
+            raise ValueError(f"--seed must be below 2**64, found {self.seed}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top_p must be above 0 and at most 1, found {self.top_p}")
 
