@@ -242,15 +242,16 @@ def sample_answers(run: Run) -> tuple[list[dict[str, Any]], str]:
             before = answers(model.eval(), processor, features)
     except UserError as error:
         return [], f"The weights cannot be asked: {error}"
+    missing = ""
+    if base is None:
+        fresh = run.arguments.get("from_weight") == "none"
+        start = "It started from fresh weights" if fresh else "The weights that it started from are not there"
+        missing = f"{start}, so only the answers after it."
     shown = zip(pictures_in(PICTURES), before, after, strict=True)
     return [
         {"name": path.stem.replace("_", " "), "uri": data_uri(path), "before": first, "after": second}
         for path, first, second in shown
-    ], (
-        ""
-        if base is not None
-        else "The weights that it started from are not there, so only the answers after it."
-    )
+    ], missing
 
 
 def build(run: Run) -> tuple[MiniMindVLM, MiniMindVLMProcessor]:

@@ -144,6 +144,17 @@ def test_answers_are_those_of_the_weights(folder, tokenizer):
     assert "only the answers after it" in without_base
 
 
+def test_fresh_weights_are_not_missed(folder, tokenizer):
+    parrot(folder.parents[1] / "sft_vlm_64.pth", tokenizer, "after")
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["arguments"]["from_weight"] = "none"
+    write_json(folder / "summary.json", summary)
+    page = page_of(folder)
+
+    assert "It started from fresh weights, so only the answers after it." in page
+    assert "are not there" not in page and 'class="before"' not in page
+
+
 SIZES = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 
 
