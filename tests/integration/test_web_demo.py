@@ -120,11 +120,15 @@ def opened(browser: Browser, url: str, **options) -> Iterator[Page]:
 
 
 def ask(page: Page, text: str, *pictures: Path | str) -> None:
+    write(page, text, *pictures)
+    page.press("#question textarea", "Enter")
+
+
+def write(page: Page, text: str, *pictures: Path | str) -> None:
     for number, picture in enumerate(pictures, start=1):
         page.set_input_files("#question input[type=file]", str(picture))
         expect(page.locator("#question .thumbnail-item")).to_have_count(number)
     page.fill("#question textarea", text)
-    page.press("#question textarea", "Enter")
 
 
 def answers(page: Page):
@@ -262,14 +266,16 @@ def test_a_full_queue_is_told(world, site, browser):
     try:
         url = f"http://127.0.0.1:{port}"
         answered, waiting = (Client(url, verbose=False) for _ in range(2))
-        endless = dict(message={"text": "Hm", "files": []}, weight=BABBLER, max_new_tokens=1024)
-        next(iter(answered.submit(**endless, api_name="/ask")))
-        job = waiting.submit(**endless, api_name="/ask")
-        deadline = time.monotonic() + 30
-        while job.status().code != Status.IN_QUEUE and time.monotonic() < deadline:
-            time.sleep(0.05)
+        endless = dict(message={"text": "Hm", "files": []}, weight=BABBLER)
+        endless |= dict(temperature=0, max_new_tokens=1024, api_name="/ask")
         for page in opened(browser, url):
-            ask(page, "What colour is this?", world / "images/green.png")
+            write(page, "What colour is this?", world / "images/green.png")
+            next(iter(answered.submit(**endless)))
+            job = waiting.submit(**endless)
+            deadline = time.monotonic() + 30
+            while job.status().code != Status.IN_QUEUE and time.monotonic() < deadline:
+                time.sleep(0.01)
+            page.press("#question textarea", "Enter")
             expect(page.get_by_text("busy")).to_be_visible()
             expect(page.locator("#question textarea")).to_have_value("What colour is this?")
             expect(page.locator("#question .submit-button")).to_be_visible()
