@@ -28,11 +28,11 @@ from model.processing_vlm import MiniMindVLMProcessor
 from trainer.chat import Sampling, encode_picture, stream_answer
 from trainer.checkpoint import Sidecar, weight_name, write_file
 from trainer.cli import UserError, run_main, user_errors
-from trainer.setup import DEFAULT_ENCODER, DEFAULT_TOKENIZER, build_vlm, load_base
+from trainer.setup import DEFAULT_ENCODER, DEFAULT_TOKENIZER, SHIPPED_PICTURES, build_vlm, load_base
 from trainer.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-PICTURES = ROOT / "dataset/eval_images"
+PICTURES = ROOT / SHIPPED_PICTURES
 QUESTION = "Describe the picture."
 ANSWER = Sampling(temperature=0, max_new_tokens=64)
 BASES = {"pretrain_vlm": ("lm", "llm"), "sft_vlm": ("pretrain_vlm",)}  # what a stage starts from
