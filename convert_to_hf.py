@@ -21,12 +21,11 @@ from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
+from common.cli import UserError, optional_flag, parse_flags, run_main, user_errors
+from common.setup import find_weight, load_export, load_vlm
+from common.weights import Sidecar, half_state, load_weights_file, save_weights
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.processing_vlm import MiniMindVLMProcessor
-from trainer.arguments import optional_flag
-from trainer.checkpoint import Sidecar, half_state, load_weights_file, save_weights
-from trainer.cli import UserError, parse_flags, run_main, user_errors
-from trainer.setup import find_weight, load_export, load_vlm
 
 log = logging.getLogger(__name__)
 SIDECAR = "minimind_sidecar.json"  # marks a folder as ours, and gives the `.pth` its sidecar back

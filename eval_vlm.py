@@ -9,16 +9,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dataset.images import PICTURE_SUFFIXES, pictures_in
+from common.cli import DTYPES, UserError, flag, optional_flag, parse_flags, run_main, user_errors
+from common.distributed import Runtime, autocast, resolve_dtype, runtime
+from common.setup import DEMO_FOLDER, PUBLISHED_NAME, default_weight, load_vlm
+from common.weights import write_json
+from dataset.images import PICTURE_SUFFIXES, SHIPPED_PICTURES, pictures_in
 from dataset.rows import load_rows
-from trainer.arguments import DTYPES, flag, optional_flag
 from trainer.ask import UNPRINTABLE, Answer, Speaker, TerminalStreamer, ask
 from trainer.chat import Sampling
-from trainer.checkpoint import write_json
-from trainer.cli import UserError, parse_flags, run_main, user_errors
-from trainer.distributed import Runtime, autocast, resolve_dtype, runtime
 from trainer.evaluation import Question, check_pictures, pictures_of, questions_of
-from trainer.setup import DEMO_FOLDER, PUBLISHED_NAME, SHIPPED_PICTURES, default_weight, load_vlm
 
 log = logging.getLogger(__name__)
 PAGES = (".html", ".md")

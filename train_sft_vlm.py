@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from trainer.arguments import VLMTrainingFlags, flag
-from trainer.cli import parse_flags, run_main
+from common.cli import flag, parse_flags, run_main
+from trainer.arguments import VLMTrainingFlags
 from trainer.stage import run_stage
 
 

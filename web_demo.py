@@ -19,10 +19,9 @@ from dataclasses import dataclass
 import gradio as gr
 from PIL import Image
 
-from trainer.arguments import DTYPES, flag, optional_flag
-from trainer.cli import parse_flags, run_main, user_errors
-from trainer.distributed import resolve_dtype, runtime
-from trainer.setup import default_weight, find_weight
+from common.cli import DTYPES, flag, optional_flag, parse_flags, run_main, user_errors
+from common.distributed import resolve_dtype, runtime
+from common.setup import default_weight, find_weight
 from trainer.web_events import Demo
 from trainer.web_page import CSS, FONTS, I18N, JS, build_page
 

@@ -8,6 +8,7 @@ from PIL import Image, ImageOps
 
 from dataset.errors import DataError
 
+SHIPPED_PICTURES = "dataset/eval_images"
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MAX_ASPECT = 100  # an encoder scales the shorter side: a line of one pixel would fill the memory
 

@@ -35,17 +35,17 @@ from make_demo_data import row
 
 import dataset.collate
 import model.model_minimind as minimind
+from common.distributed import autocast, peak_memory_bytes, resolve_dtype, runtime
+from common.setup import DEFAULT_TOKENIZER, set_trainable, special_ids
+from common.tokenizer import load_tokenizer
 from dataset.feature_cache import encode_missing, open_feature_cache
 from dataset.vlm_dataset import VLMDataset
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.processing_vlm import MiniMindVLMProcessor
 from trainer.arguments import VLMTrainingFlags
 from trainer.batches import planned_steps, step_sampler
-from trainer.distributed import autocast, peak_memory_bytes, resolve_dtype, runtime
 from trainer.evaluation import encode_pictures, encode_question, prepare, questions_of
 from trainer.loop import train
-from trainer.setup import DEFAULT_TOKENIZER, set_trainable, special_ids
-from trainer.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 # Longest row, mean row in tokens: so that 58 % and 65 % of a batch of the published scripts is padding.

@@ -23,15 +23,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmark import synchronize
 
+from common.cli import DTYPES, run_main
+from common.distributed import autocast, runtime
+from common.setup import DEFAULT_TOKENIZER, special_ids
+from common.tokenizer import load_tokenizer
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.processing_vlm import MiniMindVLMProcessor
-from trainer.arguments import DTYPES
 from trainer.chat import encode_picture
-from trainer.cli import run_main
-from trainer.distributed import autocast, runtime
 from trainer.evaluation import prepare
-from trainer.setup import DEFAULT_TOKENIZER, special_ids
-from trainer.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 QUESTION = [{"role": "user", "content": "What is in the picture, and where?"}]

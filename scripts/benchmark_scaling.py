@@ -20,18 +20,18 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from common.distributed import Runtime, peak_memory_bytes
+from common.setup import DEFAULT_TOKENIZER
+from common.tokenizer import load_tokenizer
+from common.weights import half_state, save_weights
 from dataset.collate import StepDataset, StepSampler
 from dataset.vlm_dataset import VLMDataset
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.processing_vlm import MiniMindVLMProcessor
 from trainer.arguments import TrainingFlags
-from trainer.checkpoint import half_state, save_weights
-from trainer.distributed import Runtime, peak_memory_bytes
 from trainer.learner import Learner
 from trainer.loop import count
-from trainer.setup import DEFAULT_TOKENIZER
 from trainer.state import Checkpoints, Progress
-from trainer.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 LENGTHS = (128, 256, 512, 1024, 2048)  # tokens, in one row

@@ -31,8 +31,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common.cli import UserError
 from dataset.files import sha256_of
-from trainer.cli import UserError
 
 CLIP_REPO = "openai/clip-vit-base-patch16"
 WEIGHTS_REPO = "jingyaogong/MiniMind2-V-PyTorch"
@@ -141,7 +141,7 @@ def plan_weights(name: str, patterns: list[str], out_dir: Path) -> Item:
     )
 
     def finish() -> None:
-        from trainer.checkpoint import describe_published_weights  # needs torch, which nothing above does
+        from common.weights import describe_published_weights  # needs torch, which nothing above does
 
         for file in weights:
             sidecar = describe_published_weights(file.target, tokenizer_dir, file.name.split("_512")[0])

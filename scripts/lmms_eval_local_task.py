@@ -17,15 +17,16 @@ sys.path.insert(0, str(ROOT))
 import torch
 from datasets import Dataset, Image
 
+from common.setup import build_vlm
+from common.tokenizer import load_tokenizer
+from common.weights import describe, half_state, save_weights
+from dataset.images import SHIPPED_PICTURES
 from model.model_vlm import MiniMindVLM
 from model.processing_vlm import image_slots
-from trainer.checkpoint import describe, half_state, save_weights
-from trainer.setup import build_vlm
-from trainer.tokenizer import load_tokenizer
 
 ENCODER = ROOT / "model/vision_model/demo-encoder"
 PICTURES = {
-    name: str(ROOT / "dataset/eval_images" / file)
+    name: str(ROOT / SHIPPED_PICTURES / file)
     for name, file in {
         "tiger": "drawing_tiger.png",
         "strawberry": "drawing_strawberry.png",

@@ -19,9 +19,8 @@ from gradio_client.utils import QueueError, TooManyRequestsError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset.images import PICTURE_SUFFIXES, pictures_in
-from trainer.arguments import flag
-from trainer.cli import UserError, parse_flags, run_main, user_errors
+from common.cli import UserError, flag, parse_flags, run_main, user_errors
+from dataset.images import PICTURE_SUFFIXES, SHIPPED_PICTURES, pictures_in
 
 
 @dataclass
@@ -30,7 +29,7 @@ class LoadFlags:
 
     url: str = flag("http://127.0.0.1:7860", "address of the running web_demo.py")
     chats: int = flag(20, "clients that chat at once")
-    image_dir: str = flag("dataset/eval_images", "folder of the pictures; each chat takes the next one")
+    image_dir: str = flag(SHIPPED_PICTURES, "folder of the pictures; each chat takes the next one")
     prompt: list[str] = field(
         default_factory=list,
         metadata={"help": "the turns of a chat, in their order; if not given: two", "action": "extend"},

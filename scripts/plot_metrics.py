@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from trainer.cli import UserError, run_main, user_errors
+from common.cli import UserError, run_main, user_errors
 
 PANELS = {"loss": "loss", "learning_rate": "learning rate", "samples_per_second": "samples/s"}
 

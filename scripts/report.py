@@ -22,14 +22,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plot_metrics import draw_panel, import_figure, panels_of, read
 
-from dataset.images import open_image, pictures_in
+from common.cli import UserError, run_main, user_errors
+from common.setup import DEFAULT_ENCODER, DEFAULT_TOKENIZER, build_vlm, load_base
+from common.tokenizer import load_tokenizer
+from common.weights import Sidecar, weight_name, write_file
+from dataset.images import SHIPPED_PICTURES, open_image, pictures_in
 from model.model_vlm import MiniMindVLM
 from model.processing_vlm import MiniMindVLMProcessor
 from trainer.chat import Sampling, encode_picture, stream_answer
-from trainer.checkpoint import Sidecar, weight_name, write_file
-from trainer.cli import UserError, run_main, user_errors
-from trainer.setup import DEFAULT_ENCODER, DEFAULT_TOKENIZER, SHIPPED_PICTURES, build_vlm, load_base
-from trainer.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURES = ROOT / SHIPPED_PICTURES

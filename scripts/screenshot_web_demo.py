@@ -9,8 +9,7 @@ from playwright.sync_api import Browser, expect, sync_playwright
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from trainer.arguments import flag
-from trainer.cli import UserError, parse_flags, run_main
+from common.cli import UserError, flag, parse_flags, run_main
 
 DESKTOP = {"width": 1200, "height": 760}
 TALL = {"width": 1200, "height": 860}

@@ -9,8 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from trainer.arguments import TrainingFlags, flag
-from trainer.cli import parse_flags, run_main
+from common.cli import flag, parse_flags, run_main
+from trainer.arguments import TrainingFlags
 from trainer.stage import run_stage
 
 

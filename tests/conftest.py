@@ -17,11 +17,11 @@ from entry_points import ROOT, EntryPoint, start_server
 from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer
 
+from common.setup import build_vlm
+from common.weights import describe, half_state, save_weights
 from dataset.collate import collate
 from dataset.vlm_dataset import VLMDataset
 from model.processing_vlm import MiniMindVLMProcessor
-from trainer.checkpoint import describe, half_state, save_weights
-from trainer.setup import build_vlm
 
 TINY_ENCODER = ROOT / "tests/golden/clip"  # hidden 64, 196 patch tokens
 COLOURS = ("blue", "green", "red", "yellow")

@@ -5,13 +5,13 @@ import torch
 from conftest import TINY_ENCODER
 from PIL import Image
 
+from common.setup import special_ids
 from model.model_minimind import rotate
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.processing_vlm import MiniMindVLMProcessor
 from trainer.attention_maps import attention_to_patches
 from trainer.chat import encode_picture
 from trainer.evaluation import prepare
-from trainer.setup import special_ids
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from trainer.evaluation import Question, score
 STAGES = ["lm", "pretrain", "sft", "seen", "unseen", "blank", "export"]
 LAST = ["report", "page"]  # they always run, as data does
 PARTS = {  # one small file stands for all those that a pattern of quickstart.sh names
-    "code": ["model/a.py", "dataset/a.py", "trainer/a.py", "scripts/a.py", "a.py"],
+    "code": ["model/a.py", "dataset/a.py", "common/a.py", "trainer/a.py", "scripts/a.py", "a.py"],
     "encoder": ["model/tokenizer/tokenizer.json", "model/vision_model/demo-encoder/model.safetensors"],
 }
 TORCH = re.search(r"^torch==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]

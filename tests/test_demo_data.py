@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from transformers import AutoImageProcessor, CLIPVisionModel
 
@@ -19,7 +20,6 @@ from dataset.collate import StepSampler
 from dataset.vlm_dataset import VLMDataset
 from model.processing_vlm import MiniMindVLMProcessor
 
-ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "make_demo_data.py"
 ENCODER = ROOT / "model" / "vision_model" / "demo-encoder"
 WORLD = json.loads((ROOT / "dataset" / "demo" / "world.json").read_text(encoding="utf-8"))

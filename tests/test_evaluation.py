@@ -6,12 +6,12 @@ from conftest import TINY_ENCODER
 from datasets import Dataset
 from PIL import Image
 
+from common.setup import special_ids
 from dataset.errors import DataError
 from dataset.rows import FEATURES, normalise_row
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.processing_vlm import MiniMindVLMProcessor
 from trainer.evaluation import encode_pictures, greedy_answers, questions_of, score
-from trainer.setup import special_ids
 
 
 def questions(*rows: dict, images_path: str = "pictures"):

@@ -6,11 +6,11 @@ import pytest
 import torch
 from conftest import TINY_ENCODER
 
+from common.setup import build_vlm
 from dataset.collate import StepDataset
 from dataset.errors import DataError
 from dataset.feature_cache import _to_stored, encode_missing, open_feature_cache
 from dataset.vlm_dataset import VLMDataset
-from trainer.setup import build_vlm
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
 

@@ -1,13 +1,12 @@
 """Parity with the published release, in numbers recorded from it (tests/golden/README.md)."""
 
-from pathlib import Path
-
 import pytest
 import torch
+from conftest import ROOT
 
 from model.model_vlm import MiniMindVLM, VLMConfig, load_weights
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = ROOT / "tests/golden"
 
 
 @pytest.fixture(scope="module", params=["dense", "moe"])

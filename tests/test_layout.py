@@ -1,4 +1,4 @@
-"""Imports go one way: scripts -> trainer -> dataset -> model -> (torch, transformers)."""
+"""Imports go one way, from scripts down to the model package, which needs torch and transformers alone."""
 
 import ast
 import sys
@@ -7,27 +7,35 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-LAYERS = ["model", "dataset", "trainer", "scripts"]
-FILES = [path for layer in LAYERS for path in sorted((ROOT / layer).glob("*.py"))]
+LAYERS = ["model", "dataset", "common", "trainer", "inference", "scripts"]
+FILES = [path.relative_to(ROOT) for layer in LAYERS for path in sorted((ROOT / layer).rglob("*.py"))]
 
 
 def imported(path: Path) -> set[str]:
-    """Top-level packages that a file imports absolutely."""
+    """Top-level packages that a file imports; `.` for those relative to its own folder."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            names.add(node.module.split(".")[0])
+        elif isinstance(node, ast.ImportFrom):
+            names.add("." * node.level or node.module.split(".")[0])
     return names
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
+@pytest.mark.parametrize("path", FILES, ids=str)
 def test_imports_go_one_way(path):
-    above = LAYERS[LAYERS.index(path.parent.name) + 1 :]
-    assert not imported(path) & set(above)
+    layer = path.parts[0]
+    above = set(LAYERS[LAYERS.index(layer) + 1 :])
+    entry_points = {path.stem for path in ROOT.glob("*.py")}
+    assert not imported(path) & (above | entry_points)
+    assert layer == "model" or not any(name.startswith(".") for name in imported(path))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "model").glob("*.py")), ids=lambda path: path.name)
 def test_model_files_can_travel_with_an_export(path):
-    assert imported(path) <= {"torch", "transformers", *sys.stdlib_module_names}
+    assert imported(path) <= {".", "torch", "transformers", *sys.stdlib_module_names}
+
+
+def test_tests_stand_where_what_they_test_stands():
+    folders = {path.parent.relative_to(ROOT / "tests") for path in (ROOT / "tests").rglob("test_*.py")}
+    assert [folder for folder in folders - {Path("integration")} if not (ROOT / folder).is_dir()] == []

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from common.distributed import Runtime
+from common.setup import set_trainable
 from dataset import vlm_dataset
 from dataset.collate import StepDataset, StepSampler
 from dataset.images import open_image
@@ -15,10 +17,8 @@ from model.model_vlm import MiniMindVLM, VLMConfig
 from model.processing_vlm import MiniMindVLMProcessor
 from trainer.arguments import TrainingFlags
 from trainer.batches import planned_steps
-from trainer.distributed import Runtime
 from trainer.learner import MODEL_INPUTS, backward, model_inputs
 from trainer.loop import count, learning_rate
-from trainer.setup import set_trainable
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 

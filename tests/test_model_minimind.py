@@ -11,8 +11,8 @@ from transformers import DynamicCache, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
 import model.model_minimind
+from common.distributed import Runtime
 from model.model_minimind import Attention, MiniMindConfig, MiniMindForCausalLM, MoE, rope_tables
-from trainer.distributed import Runtime
 from trainer.learner import distribute
 
 TINY = dict(

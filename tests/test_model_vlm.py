@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from transformers import (
     CLIPVisionModel,
@@ -19,7 +20,7 @@ from transformers import (
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.model_vlm import MiniMindVLM, VLMConfig, load_weights
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = ROOT / "tests/golden"
 CLIP = GOLDEN / "clip"
 TINY = dict(
     hidden_size=64,

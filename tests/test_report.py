@@ -10,9 +10,9 @@ import pytest
 import torch
 from conftest import ROOT, TINY, TINY_ENCODER, write_rows
 
-from trainer.checkpoint import describe, half_state, save_weights
+from common.setup import build_vlm
+from common.weights import describe, half_state, save_weights
 from trainer.evaluation import Question, score
-from trainer.setup import build_vlm
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import report

@@ -8,17 +8,17 @@ import pytest
 import torch
 from conftest import TINY_ENCODER
 
+from common.cli import UserError
+from common.distributed import Runtime
+from common.setup import set_trainable
 from dataset.feature_cache import encode_missing, open_feature_cache
 from dataset.vlm_dataset import VLMDataset
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.processing_vlm import MiniMindVLMProcessor
 from trainer.arguments import VLMTrainingFlags
-from trainer.cli import UserError
-from trainer.distributed import Runtime
 from trainer.learner import Learner
 from trainer.loop import train
 from trainer.metrics import Metrics
-from trainer.setup import set_trainable
 from trainer.state import Checkpoints, check_settings, settings_of
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}

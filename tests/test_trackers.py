@@ -11,9 +11,9 @@ import torch
 from conftest import TINY
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from common.cli import UserError
+from common.distributed import Runtime
 from trainer.arguments import TrainingFlags
-from trainer.cli import UserError
-from trainer.distributed import Runtime
 from trainer.metrics import Metrics
 from trainer.trackers import Tracker, open_tracker
 

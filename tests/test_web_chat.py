@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
+from common.setup import load_vlm
 from trainer.chat import Sampling, stream_answer
-from trainer.setup import load_vlm
 from trainer.web_chat import MAX_IMAGES, MAX_TOKENS, Conversation, Refused, draw_attention
 from trainer.web_texts import TEXTS, text
 

@@ -5,13 +5,14 @@ A stage's own defaults are set in its script, by a subclass.
 
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
+
+from common.cli import DTYPES, flag, optional_flag
 
 TRAINABLE = ("proj", "proj_last", "proj_attn", "proj_llm")
 CACHE_DTYPES = ("float16", "int8")
 ON_BAD_SAMPLE = ("skip", "error")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 TRACKERS = ("tensorboard", "wandb", "swanlab", "trackio", "none")
 POSITIVE = (
     "epochs batch_size learning_rate accumulation_steps log_interval save_interval eval_interval "
@@ -20,19 +21,6 @@ POSITIVE = (
 ).split()
 MAX_POSITIONS = 32768  # of MiniMindConfig
 NOT_NEGATIVE = ("num_workers", "warmup_iters", "grad_clip", "seed", "max_bad_steps")
-
-
-def flag(default: Any, help_text: str, choices: tuple[str, ...] | None = None) -> Any:
-    metadata: dict[str, Any] = {"help": help_text}
-    if choices:
-        metadata["choices"] = choices
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-def optional_flag(help_text: str) -> Any:
-    return field(default=None, metadata={"help": help_text})
 
 
 @dataclass

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from transformers import TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
+from common.cli import user_errors
 from model.model_vlm import MiniMindVLM
 from model.processing_vlm import MiniMindVLMProcessor
 from trainer.chat import Sampling
-from trainer.cli import user_errors
 from trainer.evaluation import Question, encode_pictures, encode_question, prepare
 
 # A model may say anything: control characters would reach the terminal as commands.

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import DataLoader
 
+from common.distributed import Runtime, ignore_signals, signals_held
 from dataset.collate import StepDataset, StepSampler
 from dataset.vlm_dataset import VLMDataset
 from trainer.arguments import TrainingFlags
-from trainer.distributed import Runtime, ignore_signals, signals_held
 
 COMPILED_MULTIPLE = 32  # lengths are rounded up to it, so that few of them have to be compiled for
 

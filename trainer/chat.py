@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
+from common.distributed import autocast
 from model.model_vlm import MiniMindVLM
 from model.processing_vlm import MiniMindVLMProcessor
-from trainer.distributed import autocast
 from trainer.evaluation import prepare
 
 SILENCE = 0.05  # seconds without text after which a piece is empty

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from common.cli import user_errors
+from common.distributed import Runtime, autocast, resolve_dtype
+from common.weights import cpu_copy
 from model.model_vlm import load_weights, without_encoder
 from model.processing_vlm import image_slots
 from trainer.arguments import TrainingFlags
-from trainer.checkpoint import cpu_copy
-from trainer.cli import user_errors
-from trainer.distributed import Runtime, autocast, resolve_dtype
 from trainer.state import Progress, generator_states, set_generator_states
 
 log = logging.getLogger(__name__)

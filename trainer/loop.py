@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
+from common.cli import UserError
+from common.distributed import Runtime, autocast
 from dataset.errors import DataError
 from dataset.vlm_dataset import VLMDataset
 from trainer.arguments import TrainingFlags
 from trainer.batches import step_loader, step_sampler
-from trainer.cli import UserError
-from trainer.distributed import Runtime, autocast
 from trainer.learner import Learner, model_inputs
 from trainer.metrics import Metrics
 from trainer.state import Checkpoints, Progress

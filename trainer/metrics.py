@@ -16,9 +16,9 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from common.cli import UserError, user_errors
+from common.distributed import Runtime, peak_memory_bytes
 from dataset.files import write_atomically
-from trainer.cli import UserError, user_errors
-from trainer.distributed import Runtime, peak_memory_bytes
 from trainer.state import Progress
 from trainer.trackers import Tracker
 

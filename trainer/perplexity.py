@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from PIL import Image
 
+from common.distributed import Runtime
 from dataset.errors import DataError
 from dataset.vlm_dataset import VLMDataset
 from trainer.arguments import VLMTrainingFlags
 from trainer.ask import Speaker
 from trainer.chat import encode_picture
-from trainer.distributed import Runtime
 from trainer.evaluation import MID_GREY
 from trainer.loop import evaluate
 from trainer.scoring import aligned

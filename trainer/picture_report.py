@@ -13,10 +13,10 @@ from urllib.parse import quote
 from jinja2 import Environment
 from markupsafe import Markup
 
+from common.cli import user_errors
+from common.weights import write_file
 from dataset.images import open_image
 from trainer.ask import Answer
-from trainer.checkpoint import write_file
-from trainer.cli import user_errors
 from trainer.evaluation import Question, pictures_of
 
 THUMBNAIL = 256  # pixels of the longer side

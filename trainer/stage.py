@@ -11,20 +11,20 @@ from typing import Any
 
 import torch
 
+from common.cli import UserError, user_errors
+from common.distributed import Runtime, explained, runtime
+from common.setup import build_lm, build_vlm, find_base, load_base, set_trainable
+from common.tokenizer import load_tokenizer
+from common.weights import describe, half_state, save_weights, weight_name, write_json
 from dataset.feature_cache import encode_missing, open_feature_cache
 from dataset.vlm_dataset import VLMDataset
 from model.model_minimind import MiniMindForCausalLM
 from model.processing_vlm import MiniMindVLMProcessor
 from trainer.arguments import TrainingFlags, VLMTrainingFlags
 from trainer.batches import planned_steps, step_sampler
-from trainer.checkpoint import describe, half_state, save_weights, weight_name, write_json
-from trainer.cli import UserError, user_errors
-from trainer.distributed import Runtime, explained, runtime
 from trainer.loop import train
 from trainer.metrics import Metrics
-from trainer.setup import build_lm, build_vlm, find_base, load_base, set_trainable
 from trainer.state import Checkpoint, Checkpoints, check_settings, read_checkpoint, settings_of
-from trainer.tokenizer import load_tokenizer
 from trainer.trackers import open_tracker
 
 log = logging.getLogger(__name__)

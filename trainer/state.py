@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
+from common.cli import UserError
+from common.weights import write_file, write_json
 from dataset.files import flush_folder, sha256_of
 from dataset.vlm_dataset import VLMDataset
 from trainer.arguments import TrainingFlags
-from trainer.checkpoint import write_file, write_json
-from trainer.cli import UserError
 
 log = logging.getLogger(__name__)
 # What may change when a run is resumed: all other flags decide what is learnt. Batch size, ranks and

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 
+from common.cli import UserError, user_errors
+from common.weights import write_file
 from dataset.errors import DataError
 from dataset.images import open_image
 from model.processing_vlm import IMAGE_MARKER
 from trainer.ask import UNPRINTABLE, Speaker
 from trainer.chat import Sampling, encode_picture, stream_answer
-from trainer.checkpoint import write_file
-from trainer.cli import UserError, user_errors
 from trainer.picture_report import escape_markdown
 from trainer.terminal_picture import draw
 

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from common.cli import UserError, user_errors
+from common.distributed import Runtime
 from trainer.arguments import TrainingFlags
-from trainer.cli import UserError, user_errors
-from trainer.distributed import Runtime
 
 log = logging.getLogger(__name__)
 Log = Callable[[dict[str, float], int], None]

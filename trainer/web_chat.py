@@ -11,13 +11,13 @@ import torch
 from matplotlib import colormaps
 from PIL import Image
 
+from common.distributed import autocast
 from dataset.errors import DataError
 from dataset.images import open_image
 from model.model_vlm import MiniMindVLM
 from model.processing_vlm import IMAGE_MARKER, MiniMindVLMProcessor
 from trainer.attention_maps import attention_to_patches
 from trainer.chat import Sampling, encode_picture, stream_answer
-from trainer.distributed import autocast
 from trainer.evaluation import prepare
 
 MAX_IMAGES = 8  # of a conversation

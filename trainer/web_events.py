@@ -14,11 +14,11 @@ import gradio as gr
 import torch
 from PIL import Image
 
+from common.cli import UserError
+from common.setup import load_vlm
 from model.model_vlm import MiniMindVLM
 from model.processing_vlm import MiniMindVLMProcessor
 from trainer.chat import Sampling
-from trainer.cli import UserError
-from trainer.setup import load_vlm
 from trainer.web_chat import Conversation, Refused, draw_attention, enlarged
 from trainer.web_texts import text
 

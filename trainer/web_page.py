@@ -5,8 +5,8 @@ from typing import Any
 
 import gradio as gr
 
+from dataset.images import SHIPPED_PICTURES
 from trainer.chat import Sampling
-from trainer.setup import SHIPPED_PICTURES
 from trainer.web_chat import Conversation
 from trainer.web_events import Demo
 from trainer.web_texts import TEXTS

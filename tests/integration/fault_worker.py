@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import train_pretrain_vlm
 import trainer.learner
-from trainer.cli import run_main
+from common.cli import run_main
 
 backward = trainer.learner.backward
 

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import torch
 
+from common.distributed import runtime
+from common.setup import build_vlm, set_trainable
+from common.tokenizer import load_tokenizer
 from dataset.collate import StepDataset, StepSampler
 from dataset.vlm_dataset import VLMDataset
 from trainer.arguments import TrainingFlags
-from trainer.distributed import runtime
 from trainer.learner import backward, distribute
 from trainer.loop import count
-from trainer.setup import build_vlm, set_trainable
-from trainer.tokenizer import load_tokenizer
 
 ENCODER = "tests/golden/clip"
 

@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT
 
 import dataset.collate
-from trainer.distributed import runtime
+from common.distributed import runtime
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import benchmark

@@ -10,17 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from safetensors.torch import load_file
 
 import convert_to_hf
+from common.cli import run_main
+from common.setup import build_vlm, load_tokenizer, load_vlm
+from common.weights import describe, half_state, save_weights
 from model.model_vlm import MiniMindVLM
 from model.processing_vlm import MiniMindVLMProcessor
-from trainer.checkpoint import describe, half_state, save_weights
-from trainer.cli import run_main
-from trainer.setup import build_vlm, load_tokenizer, load_vlm
 
-ROOT = Path(__file__).resolve().parents[2]
 ENCODER = ROOT / "tests" / "golden" / "clip"
 TOKENIZER = ROOT / "model" / "tokenizer"
 TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from hub_stub import HubStub
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoImageProcessor, CLIPVisionModel, PreTrainedTokenizerFast
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "download.py"
 GOLDEN_CLIP = ROOT / "tests" / "golden" / "clip"
 

@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 import eval_vlm
-from trainer.cli import run_main
+from common.cli import run_main
 
 
 def test_score_counts_what_the_model_gets_right(world, weight, run):

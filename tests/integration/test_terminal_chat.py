@@ -12,10 +12,10 @@ import torch
 from conftest import ROOT
 
 import eval_vlm
+from common.cli import run_main
+from common.weights import save_weights
 from dataset.rows import load_rows
 from trainer import terminal_chat
-from trainer.checkpoint import save_weights
-from trainer.cli import run_main
 
 RED_CELL = "38;2;255;0;0;48;2;255;0;0m▀"
 PROMPT = "> $"

@@ -23,9 +23,9 @@ from gradio_client.utils import Status
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from trainer.checkpoint import half_state, save_weights
-from trainer.cli import UserError
-from trainer.setup import build_vlm
+from common.cli import UserError
+from common.setup import build_vlm
+from common.weights import half_state, save_weights
 from trainer.web_events import Demo, find_models
 from trainer.web_page import EXAMPLES, build_page
 

@@ -11,11 +11,12 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from dataset.errors import DataError
 
 Flags = TypeVar("Flags")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class UserError(Exception):
@@ -33,6 +34,19 @@ def user_errors(what: str = "") -> Iterator[None]:
     except (OSError, ValueError) as error:
         message = " ".join(str(error).split())
         raise UserError(f"{what}: {message}" if what else message) from error
+
+
+def flag(default: Any, help_text: str, choices: tuple[str, ...] | None = None) -> Any:
+    metadata: dict[str, Any] = {"help": help_text}
+    if choices:
+        metadata["choices"] = choices
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def optional_flag(help_text: str) -> Any:
+    return dataclasses.field(default=None, metadata={"help": help_text})
 
 
 def parse_flags(flags: type[Flags], description: str) -> Flags:

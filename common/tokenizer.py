@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from trainer.cli import UserError, user_errors
+from common.cli import UserError, user_errors
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:

@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from transformers import AutoTokenizer
 
-REPO = Path(__file__).resolve().parents[1]
-TOKENIZER = REPO / "model" / "tokenizer"
+TOKENIZER = ROOT / "model" / "tokenizer"
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant<|im_end|>\n"
 
 
@@ -96,7 +96,7 @@ def test_round_trip_is_lossless(tokenizer, text, split_special_tokens):
 
 @pytest.mark.parametrize(("language", "floor"), [("en", 3.4), ("zh", 1.1)])
 def test_characters_per_token_on_everyday_text(tokenizer, language, floor):
-    text = (REPO / "tests" / "data" / f"everyday_{language}.txt").read_text(encoding="utf-8")
+    text = (ROOT / "tests" / "data" / f"everyday_{language}.txt").read_text(encoding="utf-8")
     assert len(text) >= 1500
     assert len(text) / len(encode(tokenizer, text)) >= floor
 
@@ -208,13 +208,13 @@ def test_final_message_can_be_continued(tokenizer):
 
 
 def train(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, REPO / "scripts" / "train_tokenizer.py", *arguments]
-    return subprocess.run([str(a) for a in command], capture_output=True, text=True, cwd=REPO)
+    command = [sys.executable, ROOT / "scripts" / "train_tokenizer.py", *arguments]
+    return subprocess.run([str(a) for a in command], capture_output=True, text=True, cwd=ROOT)
 
 
 @pytest.fixture
 def corpus(tmp_path) -> list[Path]:
-    return [REPO / "tests" / "data" / "everyday_en.txt", REPO / "tests" / "data" / "everyday_zh.txt"]
+    return [ROOT / "tests" / "data" / "everyday_en.txt", ROOT / "tests" / "data" / "everyday_zh.txt"]
 
 
 def test_training_on_files_is_deterministic_and_loads(tmp_path, corpus):

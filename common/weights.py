@@ -14,10 +14,10 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerBase
 
+from common.cli import UserError
+from common.tokenizer import load_tokenizer, tokenizer_fingerprint
 from dataset.files import write_atomically
 from model.model_vlm import without_encoder
-from trainer.cli import UserError
-from trainer.tokenizer import load_tokenizer, tokenizer_fingerprint
 
 Sidecar = dict[str, Any]
 

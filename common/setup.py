@@ -9,18 +9,17 @@ import transformers
 from safetensors import SafetensorError
 from transformers import AutoImageProcessor, PreTrainedTokenizerBase
 
+from common.cli import UserError, user_errors
+from common.tokenizer import check_tokenizer, load_tokenizer
+from common.weights import SIZES, Sidecar, check_sizes, load_weights_file, weight_name
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.model_vlm import MiniMindVLM, VLMConfig, load_weights
 from model.processing_vlm import PLACEHOLDER, MiniMindVLMProcessor
-from trainer.checkpoint import SIZES, Sidecar, check_sizes, load_weights_file, weight_name
-from trainer.cli import UserError, user_errors
-from trainer.tokenizer import check_tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
 transformers.logging.disable_progress_bar()  # weights are there in a blink
 DEFAULT_TOKENIZER = "model/tokenizer"
 DEFAULT_ENCODER = "model/vision_model/clip-vit-base-patch16"
-SHIPPED_PICTURES = "dataset/eval_images"
 PUBLISHED_NAME = Path("out/sft_vlm_512.pth")
 DEMO_FOLDER = Path("out/demo")
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from trainer.cli import UserError
+from common.cli import UserError
 
 STOP_SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 SAVE_SIGNAL = signal.SIGUSR1  # what schedulers send some time before they end a job

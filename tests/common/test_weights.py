@@ -8,8 +8,10 @@ import pytest
 import torch
 from conftest import ROOT, TINY_ENCODER
 
-from model.model_vlm import MiniMindVLM, VLMConfig
-from trainer.checkpoint import (
+from common.cli import UserError
+from common.setup import build_vlm, find_weight, load_base, load_vlm
+from common.tokenizer import load_tokenizer, tokenizer_fingerprint
+from common.weights import (
     config_from_shapes,
     describe,
     describe_published_weights,
@@ -19,9 +21,7 @@ from trainer.checkpoint import (
     weight_name,
     write_file,
 )
-from trainer.cli import UserError
-from trainer.setup import build_vlm, find_weight, load_base, load_vlm
-from trainer.tokenizer import load_tokenizer, tokenizer_fingerprint
+from model.model_vlm import MiniMindVLM, VLMConfig
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 
