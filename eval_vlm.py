@@ -15,9 +15,9 @@ from common.setup import DEMO_FOLDER, PUBLISHED_NAME, default_weight, load_vlm
 from common.weights import write_json
 from dataset.images import PICTURE_SUFFIXES, SHIPPED_PICTURES, pictures_in
 from dataset.rows import load_rows
-from trainer.ask import UNPRINTABLE, Answer, Speaker, TerminalStreamer, ask
-from trainer.chat import Sampling
-from trainer.evaluation import Question, check_pictures, pictures_of, questions_of
+from inference.answers import Question, check_pictures, pictures_of, questions_of
+from inference.ask import UNPRINTABLE, Answer, Speaker, TerminalStreamer, ask
+from inference.chat import Sampling
 
 log = logging.getLogger(__name__)
 PAGES = (".html", ".md")
@@ -141,7 +141,7 @@ def sampling(flags: EvalFlags) -> Sampling:
 
 
 def chat(speakers: list[Speaker], flags: EvalFlags) -> None:
-    from trainer.terminal_chat import TerminalChat
+    from inference.terminal.chat import TerminalChat
 
     TerminalChat(speakers, sampling(flags), flags.dtype).run(flags.image)
 
@@ -156,7 +156,7 @@ def ask_all(speakers: list[Speaker], questions: list[Question], flags: EvalFlags
         answers.append([ask_one(speaker, question, flags, len(speakers) > 1) for speaker in speakers])
         print(flush=True)
     if flags.report:
-        from trainer.picture_report import write_picture_report
+        from inference.picture_report import write_picture_report
 
         names = [speaker.name for speaker in speakers]
         write_picture_report(Path(flags.report), questions, answers, names)
@@ -178,7 +178,7 @@ def score_file(
     weights: list[str], load: Callable[[str], Speaker], questions: list[Question], flags: EvalFlags
 ) -> None:
     """Answers all questions greedily, prints the figures, and writes --report."""
-    from trainer.scoring import comparison_tables, measure, report_of, score_model, score_table
+    from inference.scoring.tables import comparison_tables, measure, report_of, score_model, score_table
 
     scored = []
     for weight in weights:  # one model in memory at a time
@@ -200,7 +200,7 @@ def score_file(
 
 def measure_file(weights: list[str], load: Callable[[str], Speaker], flags: EvalFlags, run: Runtime) -> None:
     """Prints the perplexity of --data_path, and writes --report."""
-    from trainer.perplexity import perplexity, perplexity_table
+    from inference.scoring.perplexity import perplexity, perplexity_table
 
     data = (flags.data_path, flags.images_path, flags.batch_size, flags.dtype)
     found = {weight: perplexity(load(weight), *data, run, flags.blank_baseline) for weight in weights}

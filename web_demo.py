@@ -22,8 +22,8 @@ from PIL import Image
 from common.cli import DTYPES, flag, optional_flag, parse_flags, run_main, user_errors
 from common.distributed import resolve_dtype, runtime
 from common.setup import default_weight, find_weight
-from trainer.web_events import Demo
-from trainer.web_page import CSS, FONTS, I18N, JS, build_page
+from inference.web.events import Demo
+from inference.web.page import CSS, FONTS, I18N, JS, build_page
 
 log = logging.getLogger(__name__)
 SESSIONS = 100  # conversations kept; the one used longest ago is forgotten

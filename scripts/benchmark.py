@@ -40,11 +40,11 @@ from common.setup import DEFAULT_TOKENIZER, set_trainable, special_ids
 from common.tokenizer import load_tokenizer
 from dataset.feature_cache import encode_missing, open_feature_cache
 from dataset.vlm_dataset import VLMDataset
+from inference.answers import encode_pictures, encode_question, prepare, questions_of
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.processing_vlm import MiniMindVLMProcessor
 from trainer.arguments import VLMTrainingFlags
 from trainer.batches import planned_steps, step_sampler
-from trainer.evaluation import encode_pictures, encode_question, prepare, questions_of
 from trainer.loop import train
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -27,10 +27,10 @@ from common.cli import DTYPES, run_main
 from common.distributed import autocast, runtime
 from common.setup import DEFAULT_TOKENIZER, special_ids
 from common.tokenizer import load_tokenizer
+from inference.answers import prepare
+from inference.chat import encode_picture
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.processing_vlm import MiniMindVLMProcessor
-from trainer.chat import encode_picture
-from trainer.evaluation import prepare
 
 ROOT = Path(__file__).resolve().parents[1]
 QUESTION = [{"role": "user", "content": "What is in the picture, and where?"}]

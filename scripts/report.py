@@ -27,9 +27,9 @@ from common.setup import DEFAULT_ENCODER, DEFAULT_TOKENIZER, build_vlm, load_bas
 from common.tokenizer import load_tokenizer
 from common.weights import Sidecar, weight_name, write_file
 from dataset.images import SHIPPED_PICTURES, open_image, pictures_in
+from inference.chat import Sampling, encode_picture, stream_answer
 from model.model_vlm import MiniMindVLM
 from model.processing_vlm import MiniMindVLMProcessor
-from trainer.chat import Sampling, encode_picture, stream_answer
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURES = ROOT / SHIPPED_PICTURES

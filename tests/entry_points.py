@@ -19,7 +19,7 @@ CONTEXT.set_forkserver_preload(
     [
         "eval_vlm",
         "convert_to_hf",
-        "trainer.scoring",
+        "inference.scoring.tables",
         "trainer.stage",
         "transformers.models.clip.modeling_clip",
     ]

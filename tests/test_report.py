@@ -12,7 +12,8 @@ from conftest import ROOT, TINY, TINY_ENCODER, write_rows
 
 from common.setup import build_vlm
 from common.weights import describe, half_state, save_weights
-from trainer.evaluation import Question, score
+from inference.answers import Question
+from inference.scoring.accuracy import score
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import report

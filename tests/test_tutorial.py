@@ -41,7 +41,7 @@ def steps() -> list[tuple[str, str]]:
 def tutorial(tmp_path_factory) -> tuple[Path, list[str]]:
     """The folder in which the pages' code was run, and what each block printed. No trained model is there."""
     folder = tmp_path_factory.mktemp("tutorial")
-    for name in ("model", "dataset", "common", "trainer"):
+    for name in ("model", "dataset", "common", "trainer", "inference"):
         (folder / name).symlink_to(ROOT / name)
     (folder / "docs/images").mkdir(parents=True)
     script = "".join(f"{code}\nprint({BETWEEN!r}, end='')\n" for code, _ in steps())

@@ -15,7 +15,7 @@ import eval_vlm
 from common.cli import run_main
 from common.weights import save_weights
 from dataset.rows import load_rows
-from trainer import terminal_chat
+from inference.terminal import chat as terminal_chat
 
 RED_CELL = "38;2;255;0;0;48;2;255;0;0m▀"
 PROMPT = "> $"

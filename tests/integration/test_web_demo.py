@@ -26,8 +26,8 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from common.cli import UserError
 from common.setup import build_vlm
 from common.weights import half_state, save_weights
-from trainer.web_events import Demo, find_models
-from trainer.web_page import EXAMPLES, build_page
+from inference.web.events import Demo, find_models
+from inference.web.page import EXAMPLES, build_page
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 expect.set_options(timeout=30_000)

@@ -9,9 +9,10 @@ from PIL import Image
 from common.setup import special_ids
 from dataset.errors import DataError
 from dataset.rows import FEATURES, normalise_row
+from inference.answers import encode_pictures, greedy_answers, questions_of
+from inference.scoring.accuracy import score
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.processing_vlm import MiniMindVLMProcessor
-from trainer.evaluation import encode_pictures, greedy_answers, questions_of, score
 
 
 def questions(*rows: dict, images_path: str = "pictures"):

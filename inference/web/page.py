@@ -6,10 +6,10 @@ from typing import Any
 import gradio as gr
 
 from dataset.images import SHIPPED_PICTURES
-from trainer.chat import Sampling
-from trainer.web_chat import Conversation
-from trainer.web_events import Demo
-from trainer.web_texts import TEXTS
+from inference.chat import Sampling
+from inference.web.conversation import Conversation
+from inference.web.events import Demo
+from inference.web.texts import TEXTS
 
 FILES_CHECKED, FILES_KEPT = 3600, 24 * 3600  # seconds between looks at uploaded files, and their age
 EXAMPLES = {

@@ -14,11 +14,11 @@ from PIL import Image
 from common.distributed import autocast
 from dataset.errors import DataError
 from dataset.images import open_image
+from inference.answers import prepare
+from inference.attention_maps import attention_to_patches
+from inference.chat import Sampling, encode_picture, stream_answer
 from model.model_vlm import MiniMindVLM
 from model.processing_vlm import IMAGE_MARKER, MiniMindVLMProcessor
-from trainer.attention_maps import attention_to_patches
-from trainer.chat import Sampling, encode_picture, stream_answer
-from trainer.evaluation import prepare
 
 MAX_IMAGES = 8  # of a conversation
 MAX_TOKENS = 4096  # of a conversation with its next answer: beyond what any stage trains on
@@ -26,7 +26,7 @@ SHOWN_PIXELS = 384  # shorter side of the pictures beside the chat
 
 
 class Refused(Exception):
-    """The user's turn cannot be answered; `reason` is a key of web_texts.TEXTS and `details` fill it in."""
+    """The user's turn cannot be answered; `reason` is a key of texts.TEXTS and `details` fill it in."""
 
     def __init__(self, reason: str, **details) -> None:
         super().__init__(reason)

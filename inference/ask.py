@@ -7,10 +7,10 @@ from transformers import TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from common.cli import user_errors
+from inference.answers import Question, encode_pictures, encode_question, prepare
+from inference.chat import Sampling
 from model.model_vlm import MiniMindVLM
 from model.processing_vlm import MiniMindVLMProcessor
-from trainer.chat import Sampling
-from trainer.evaluation import Question, encode_pictures, encode_question, prepare
 
 # A model may say anything: control characters would reach the terminal as commands.
 UNPRINTABLE = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}

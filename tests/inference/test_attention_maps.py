@@ -6,12 +6,12 @@ from conftest import TINY_ENCODER
 from PIL import Image
 
 from common.setup import special_ids
+from inference.answers import prepare
+from inference.attention_maps import attention_to_patches
+from inference.chat import encode_picture
 from model.model_minimind import rotate
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.processing_vlm import MiniMindVLMProcessor
-from trainer.attention_maps import attention_to_patches
-from trainer.chat import encode_picture
-from trainer.evaluation import prepare
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ from PIL import Image
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from common.distributed import autocast
+from inference.answers import prepare
 from model.model_vlm import MiniMindVLM
 from model.processing_vlm import MiniMindVLMProcessor
-from trainer.evaluation import prepare
 
 SILENCE = 0.05  # seconds without text after which a piece is empty
 

@@ -1,7 +1,7 @@
 """Scores of one or several models on a file of questions: tables for people, a dict for a JSON report.
 
 Every figure has a 95 % bootstrap interval; several models are compared over the same resampled questions.
-Shapes: S models, n questions, R resamples, M metrics (trainer/text_metrics.py).
+Shapes: S models, n questions, R resamples, M metrics (inference/scoring/text_metrics.py).
 """
 
 import time
@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from trainer.ask import Speaker
-from trainer.evaluation import Question, greedy_answers, score
-from trainer.text_metrics import METRICS, answer_columns, figures, interval, resampled
+from inference.answers import Question, greedy_answers
+from inference.ask import Speaker
+from inference.scoring.accuracy import score
+from inference.scoring.text_metrics import METRICS, answer_columns, figures, interval, resampled
 
 MEAN, ALL = "mean of kinds", "all questions"
 KIND_WIDTH = 16  # of a table; longer names are cut

@@ -16,11 +16,11 @@ from PIL import Image
 
 from common.cli import UserError
 from common.setup import load_vlm
+from inference.chat import Sampling
+from inference.web.conversation import Conversation, Refused, draw_attention, enlarged
+from inference.web.texts import text
 from model.model_vlm import MiniMindVLM
 from model.processing_vlm import MiniMindVLMProcessor
-from trainer.chat import Sampling
-from trainer.web_chat import Conversation, Refused, draw_attention, enlarged
-from trainer.web_texts import text
 
 OUT_DIR = Path("out")
 LOADED_MODELS = 2  # kept in memory; the one used longest ago makes room

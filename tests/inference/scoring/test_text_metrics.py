@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from trainer.scoring import aligned
-from trainer.text_metrics import METRICS, answer_columns, figures, interval, resampled, words
+from inference.scoring.tables import aligned
+from inference.scoring.text_metrics import METRICS, answer_columns, figures, interval, resampled, words
 
 
 def measured(*pairs: tuple[str, str]) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """A conversation about pictures in the terminal: what is typed, what belongs to it, what is shown.
 
-Several models may answer, one after the other, each after its own answers. Generating is trainer/chat.py's.
+Several models may answer, one after the other, each after its own answers. Generating is inference/chat.py's.
 """
 
 import contextlib
@@ -19,11 +19,11 @@ from common.cli import UserError, user_errors
 from common.weights import write_file
 from dataset.errors import DataError
 from dataset.images import open_image
+from inference.ask import UNPRINTABLE, Speaker
+from inference.chat import Sampling, encode_picture, stream_answer
+from inference.picture_report import escape_markdown
+from inference.terminal.picture import draw
 from model.processing_vlm import IMAGE_MARKER
-from trainer.ask import UNPRINTABLE, Speaker
-from trainer.chat import Sampling, encode_picture, stream_answer
-from trainer.picture_report import escape_markdown
-from trainer.terminal_picture import draw
 
 log = logging.getLogger(__name__)
 

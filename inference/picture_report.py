@@ -16,8 +16,8 @@ from markupsafe import Markup
 from common.cli import user_errors
 from common.weights import write_file
 from dataset.images import open_image
-from trainer.ask import Answer
-from trainer.evaluation import Question, pictures_of
+from inference.answers import Question, pictures_of
+from inference.ask import Answer
 
 THUMBNAIL = 256  # pixels of the longer side
 

@@ -16,7 +16,7 @@ from model.model_vlm import MiniMindVLM
 def attention_to_patches(model: MiniMindVLM, inputs: BatchFeature, new_ids: torch.Tensor) -> torch.Tensor:
     """Attention weights (N, I, P) in fp32 on the model's device; what a row lacks to 1 went to text.
 
-    `inputs` are `trainer.evaluation.prepare`'s for one prompt, `new_ids` (N,) what was generated after it;
+    `inputs` are `inference.answers.prepare`'s for one prompt, `new_ids` (N,) what was generated after it;
     row n belongs to the position that chose token n. The mean over all heads and layers: pictures are read
     in every layer, and least in the last (16% of its attention in the demo, 41% over all).
 

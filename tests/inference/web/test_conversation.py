@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 
 from common.setup import load_vlm
-from trainer.chat import Sampling, stream_answer
-from trainer.web_chat import MAX_IMAGES, MAX_TOKENS, Conversation, Refused, draw_attention
-from trainer.web_texts import TEXTS, text
+from inference.chat import Sampling, stream_answer
+from inference.web.conversation import MAX_IMAGES, MAX_TOKENS, Conversation, Refused, draw_attention
+from inference.web.texts import TEXTS, text
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,12 @@ from PIL import Image
 from common.distributed import Runtime
 from dataset.errors import DataError
 from dataset.vlm_dataset import VLMDataset
+from inference.answers import MID_GREY
+from inference.ask import Speaker
+from inference.chat import encode_picture
+from inference.scoring.tables import aligned
 from trainer.arguments import VLMTrainingFlags
-from trainer.ask import Speaker
-from trainer.chat import encode_picture
-from trainer.evaluation import MID_GREY
 from trainer.loop import evaluate
-from trainer.scoring import aligned
 
 
 def perplexity(
