@@ -47,7 +47,7 @@ score="eval_vlm.py $dtype --weight $out/sft_vlm_$hidden.pth --images_path $data 
 
 # Always run: it sees for itself whether its data are up to date, and changes nothing then.
 start=$SECONDS
-step "data" .venv/bin/python scripts/make_demo_data.py --out_dir $data
+step "data" .venv/bin/python scripts/demo/make_demo_data.py --out_dir $data
 manifest=$(cat $data/manifest.json)
 [ "$(made_by data)" = "$manifest" ] || mark data "$((SECONDS - start))" "$manifest"
 
@@ -65,7 +65,7 @@ stage unseen $out/report_unseen.json $score --data_path $data/eval_unseen.jsonl 
 stage blank $out/report_blank.json \
     $score --data_path $data/eval_unseen.jsonl --blank_images --report $out/report_blank.json
 stage export $out/hf/model.safetensors convert_to_hf.py --weight $out/sft_vlm_$hidden.pth --out $out/hf
-step "report" .venv/bin/python scripts/demo_report.py --out_dir $out
+step "report" .venv/bin/python scripts/demo/demo_report.py --out_dir $out
 step "page" .venv/bin/python scripts/report.py $out/runs/sft_vlm_$hidden --out $out/report.html
 
 cat <<END

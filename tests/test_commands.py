@@ -291,13 +291,13 @@ def test_quickstart_runs_every_stage_in_order(finished_once):
     assert result.returncode == 0, result.stderr
     assert started(result) == ["packages", "data", *STAGES, *LAST]
     assert [args[0] for name, *args in copy.log if name == "python" and args[0] != "-m"] == [
-        "scripts/make_demo_data.py",
+        "scripts/demo/make_demo_data.py",
         "scripts/train_lm.py",
         "train_pretrain_vlm.py",
         "train_sft_vlm.py",
         *["eval_vlm.py"] * 3,
         "convert_to_hf.py",
-        "scripts/demo_report.py",
+        "scripts/demo/demo_report.py",
         "scripts/report.py",
     ]
     assert f"in a browser: {copy.path('out/demo/report.html')}\n" in result.stdout
@@ -424,7 +424,7 @@ def test_report_puts_the_figures_together(tmp_path: Path):
     (tmp_path / "done").mkdir()
     (tmp_path / "done/lm").write_text("12\n123 456 train_lm.py --flags\n")
     (tmp_path / "done/data").write_text('30\n{"pictures": 12000}\n')
-    command = [sys.executable, ROOT / "scripts/demo_report.py", "--out_dir", tmp_path]
+    command = [sys.executable, ROOT / "scripts/demo/demo_report.py", "--out_dir", tmp_path]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     report = json.loads((tmp_path / "report.json").read_text())

@@ -127,7 +127,7 @@ def test_flags_in_the_text_exist():
     programs = (train_sft_vlm.SFTFlags, eval_vlm.EvalFlags, convert_to_hf.ConvertFlags, web_demo.DemoFlags)
     for flags in programs:
         known |= flags.__dataclass_fields__.keys()
-    for script in (ROOT / "scripts").glob("*.py"):
+    for script in (ROOT / "scripts").rglob("*.py"):
         known |= set(re.findall(r'"--(\w+)"', script.read_text(encoding="utf-8")))
     named = {flag for page in PAGES for span in spans(page) for flag in re.findall(r"--(\w+)", span)}
     assert named <= known

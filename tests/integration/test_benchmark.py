@@ -14,7 +14,7 @@ from conftest import ROOT
 import dataset.collate
 from common.distributed import runtime
 
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(ROOT / "scripts/bench"))
 import benchmark
 import benchmark_chat
 
@@ -22,7 +22,7 @@ TINY = "--hidden_size 64 --num_hidden_layers 2 --vision_layers 1 --batch_size 2 
 
 
 def measure(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "scripts/benchmark.py"), *TINY, *arguments]
+    command = [sys.executable, str(ROOT / "scripts/bench/benchmark.py"), *TINY, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=800)
 
 
@@ -60,7 +60,7 @@ def test_inference_and_the_printed_table(tmp_path: Path):
 def test_time_to_the_first_token_and_after_it(tmp_path: Path):
     report = tmp_path / "report.json"
     sizes = "--hidden_size 64 --num_hidden_layers 2 --vision_layers 1 --repeats 3 --tokens 5 --json".split()
-    command = [sys.executable, str(ROOT / "scripts/benchmark_chat.py"), *sizes, str(report)]
+    command = [sys.executable, str(ROOT / "scripts/bench/benchmark_chat.py"), *sizes, str(report)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     figures = json.loads(report.read_text())
@@ -78,14 +78,14 @@ def test_time_to_the_first_token_and_after_it(tmp_path: Path):
     ],
 )
 def test_what_cannot_be_measured_is_one_line(run, flags, code, message):
-    done = run("scripts/benchmark_chat.py", *flags, expect=code)
+    done = run("scripts/bench/benchmark_chat.py", *flags, expect=code)
     assert message in done.stderr and "Traceback" not in done.stderr
 
 
 def test_the_encoders_share_is_read_when_its_work_is_done(monkeypatch: pytest.MonkeyPatch):
     """On a GPU its call returns at once, and waiting for the device is what takes long."""
     sizes = {"hidden_size": 64, "num_hidden_layers": 1, "vision_layers": 1}
-    model, processor = benchmark_chat.build(Namespace(**sizes))
+    model, processor = benchmark_chat.random_vlm(Namespace(**sizes))
     features = model.get_image_embeddings(torch.zeros(1, 3, 224, 224), model.vision_encoder)[0]
     monkeypatch.setattr(benchmark_chat, "encode_picture", lambda *_: features)
     monkeypatch.setattr(benchmark_chat, "synchronize", lambda _: time.sleep(0.2))
@@ -107,7 +107,7 @@ def test_a_repeat_trains_and_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_fewer_rows_than_the_steps_need_is_a_usage_error(run):
-    done = run("scripts/benchmark.py", "--rows", 3, "--steps", 2, expect=2)
+    done = run("scripts/bench/benchmark.py", "--rows", 3, "--steps", 2, expect=2)
     assert "--rows 3 is less than --steps x --batch_size" in done.stderr
     assert "Traceback" not in done.stderr
 

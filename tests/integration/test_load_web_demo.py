@@ -1,4 +1,4 @@
-"""scripts/load_web_demo.py against a page that answers as web_demo.py does, without a model."""
+"""scripts/bench/load_web_demo.py against a page that answers as web_demo.py does, without a model."""
 
 import sys
 import time
@@ -10,7 +10,7 @@ from conftest import ROOT
 from PIL import Image
 from test_training import error_line
 
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(ROOT / "scripts/bench"))
 from load_web_demo import chat, connect
 
 PAUSE = 0.4
@@ -64,5 +64,5 @@ def test_the_first_piece_is_the_first_that_has_text(world, url):
 )
 def test_what_gets_no_answer_is_one_line(tmp_path, url, run, flags, message):
     Image.new("RGB", (48, 40), "red").save(tmp_path / "red.png")
-    command = ["scripts/load_web_demo.py", "--url", url, "--image_dir", tmp_path, "--prompt", "What is this?"]
-    assert message in error_line(run(*command, *flags, expect=1, timeout=60))
+    flags = ["--url", url, "--image_dir", tmp_path, "--prompt", "What is this?", *flags]
+    assert message in error_line(run("scripts/bench/load_web_demo.py", *flags, expect=1, timeout=60))

@@ -29,7 +29,10 @@ from common.weights import half_state, save_weights
 from inference.web.events import Demo, find_models
 from inference.web.page import EXAMPLES, build_page
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+sys.path.insert(0, str(ROOT / "scripts/bench"))
+from screenshot_web_demo import find_browser
+
+BROWSER = find_browser()
 expect.set_options(timeout=30_000)
 
 
@@ -405,7 +408,7 @@ def test_models_are_found_where_they_are(site, tmp_path):
 def test_20_chats_at_once_are_answered_correctly_and_in_order(world, server, run):
     prompts = ["--prompt", "What colour is this?", "--prompt", "And in one word?"]
     result = run(
-        "scripts/load_web_demo.py",
+        "scripts/bench/load_web_demo.py",
         "--url",
         server[0],
         "--image_dir",

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 
-DEMO_DIR = Path(__file__).resolve().parents[1] / "dataset" / "demo"
+DEMO_DIR = Path(__file__).resolve().parents[2] / "dataset" / "demo"
 PICTURE_SIZE = 96
 CELL = PICTURE_SIZE // 3
 

@@ -17,7 +17,7 @@ from gradio_client import Client, handle_file
 from gradio_client.client import Job
 from gradio_client.utils import QueueError, TooManyRequestsError
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common.cli import UserError, flag, parse_flags, run_main, user_errors
 from dataset.images import PICTURE_SUFFIXES, SHIPPED_PICTURES, pictures_in

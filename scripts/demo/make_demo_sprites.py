@@ -3,7 +3,7 @@
 The drawings come from npm, the renderer from PyPI; neither is needed by anything else here:
     mkdir icons && cd icons && npm init -y && npm install @iconify-json/{noto,noto-v1,openmoji,...}
     pip install resvg-py
-    python scripts/make_demo_sprites.py --icons icons/node_modules/@iconify-json
+    python scripts/demo/make_demo_sprites.py --icons icons/node_modules/@iconify-json
 """
 
 import argparse
@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import resvg_py
 from PIL import Image
 
-DEMO_DIR = Path(__file__).resolve().parents[1] / "dataset" / "demo"
+DEMO_DIR = Path(__file__).resolve().parents[2] / "dataset" / "demo"
 SPRITE_SIZE = 64
 RENDER_SIZE = 256  # drawn large, then reduced: thin lines survive better than when drawn at 64
 

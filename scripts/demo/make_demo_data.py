@@ -1,6 +1,6 @@
 """Writes the demo's data: pictures, captions, dialogues, texts and two tests, in English and Chinese.
 
-    python scripts/make_demo_data.py --out_dir out/demo/data
+    python scripts/demo/make_demo_data.py --out_dir out/demo/data
 eval_unseen.jsonl is about pictures made of the held-out set's drawings, everything else of the other seven.
 The same arguments give the same bytes; what is already there is not made again.
 """

@@ -1,7 +1,7 @@
 """lmms-eval with one model more: `minimind_v`, a folder that convert_to_hf.py has exported.
 
-Takes every flag of lmms-eval and needs an environment that has it: scripts/test_lmms_eval.sh makes one. Uses
-nothing else of this repository, for the exported folder brings its own code. See docs/evaluation_lmms.md.
+Takes every flag of lmms-eval and needs an environment that has it: test_lmms_eval.sh makes one. Uses nothing
+else of this repository, for the exported folder brings its own code. See docs/evaluation_lmms.md.
 """
 
 import sys
@@ -18,7 +18,8 @@ try:
     from lmms_eval.models import MODEL_REGISTRY_V2
     from lmms_eval.models.registry_v2 import ModelManifest
 except ModuleNotFoundError as error:
-    sys.exit(f"error: no package {error.name}; make an environment with `bash scripts/test_lmms_eval.sh`")
+    command = "bash scripts/lmms_eval/test_lmms_eval.sh"
+    sys.exit(f"error: no package {error.name}; make an environment with `{command}`")
 from PIL import Image
 from tqdm import tqdm
 

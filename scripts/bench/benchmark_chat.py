@@ -1,6 +1,6 @@
 """How long somebody waits who asks about one picture: until the first token, and from token to token.
 
-    python scripts/benchmark_chat.py
+    python scripts/bench/benchmark_chat.py
 Random weights, one stream, greedy; in fp32 on a CPU unless flags say otherwise. What is timed is all that a
 chat does: the picture is prepared and encoded, the prompt is read, tokens are generated.
 """
@@ -15,24 +15,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from transformers import CLIPVisionConfig
 from transformers.generation.streamers import BaseStreamer
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmark import synchronize
+from benchmark import random_vlm, synchronize
 
 from common.cli import DTYPES, run_main
 from common.distributed import autocast, runtime
-from common.setup import DEFAULT_TOKENIZER, special_ids
-from common.tokenizer import load_tokenizer
 from inference.answers import prepare
 from inference.chat import encode_picture
-from model.model_vlm import MiniMindVLM, VLMConfig
+from model.model_vlm import MiniMindVLM
 from model.processing_vlm import MiniMindVLMProcessor
 
-ROOT = Path(__file__).resolve().parents[1]
 QUESTION = [{"role": "user", "content": "What is in the picture, and where?"}]
 
 
@@ -54,8 +49,8 @@ def main() -> None:
     if options.repeats < 1 or options.tokens < 2:
         parser.error("--repeats must be at least 1, --tokens at least 2")
     with runtime(options.device, 1337) as run, autocast(options.dtype, run.device):
-        model, processor = build(options)
-        model.to(run.device)
+        model, processor = random_vlm(options)
+        model.eval().to(run.device)
         measure(model, processor, options.tokens)  # warms up
         found = [measure(model, processor, options.tokens) for _ in range(options.repeats)]
     figures = {name: [one[name] for one in found] for name in found[0]}
@@ -64,14 +59,6 @@ def main() -> None:
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
-
-
-def build(options: argparse.Namespace) -> tuple[MiniMindVLM, MiniMindVLMProcessor]:
-    tokenizer = load_tokenizer(str(ROOT / DEFAULT_TOKENIZER))
-    vision = CLIPVisionConfig(patch_size=16, num_hidden_layers=options.vision_layers)
-    sizes = {"hidden_size": options.hidden_size, "num_hidden_layers": options.num_hidden_layers}
-    model = MiniMindVLM(VLMConfig(**sizes, **special_ids(tokenizer), vision_config=vision), None)
-    return model.eval(), MiniMindVLMProcessor(CLIPImageProcessorPil(), tokenizer)
 
 
 def measure(model: MiniMindVLM, processor: MiniMindVLMProcessor, tokens: int) -> dict[str, float]:

@@ -20,13 +20,13 @@ from dataset.collate import StepSampler
 from dataset.vlm_dataset import VLMDataset
 from model.processing_vlm import MiniMindVLMProcessor
 
-SCRIPT = ROOT / "scripts" / "make_demo_data.py"
+SCRIPT = ROOT / "scripts/demo/make_demo_data.py"
 ENCODER = ROOT / "model" / "vision_model" / "demo-encoder"
 WORLD = json.loads((ROOT / "dataset" / "demo" / "world.json").read_text(encoding="utf-8"))
 TEMPLATES = WORLD["big_questions"] | WORLD["questions"]
 PICTURES, QUESTIONS, SEED = 40, 48, 7
 
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(ROOT / "scripts/demo"))
 import make_demo_data  # noqa: E402
 
 

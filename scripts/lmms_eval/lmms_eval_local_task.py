@@ -1,4 +1,4 @@
-"""Two small tasks for lmms-eval, and a model whose score in them is known. Run by scripts/test_lmms_eval.sh.
+"""Two small tasks for lmms-eval, and a model whose score in them is known. Run by test_lmms_eval.sh.
 
 `make FOLDER` trains a model that knows all rows by heart, exports it to FOLDER/hf, and writes the tasks:
 twelve rows in POPE's format and six of two pictures in MMMU's, with some answers turned round.
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import torch

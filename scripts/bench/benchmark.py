@@ -1,6 +1,6 @@
 """How fast training and inference are on this machine, beside the published release's way of doing the same.
 
-    python scripts/benchmark.py --json out/benchmark.json --plot out/benchmark.png
+    python scripts/bench/benchmark.py --json out/benchmark.json --plot out/benchmark.png
 Both get the same rows, order and initial weights, in processes of their own that take turns. `published` pads
 every row to the stage's longest, keeps the logits of all positions, computes attention step by step, loops
 over experts, asks one question at a time, and works in float32; `default` is what the training scripts do;
@@ -28,13 +28,12 @@ from tqdm import tqdm
 from transformers import CLIPVisionConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmark_scaling import scale, scaling_table
-from make_demo_data import row
+from benchmark_scaling import json_line, scale, scaling_table
+from published import PublishedVLM, work_as_published
 
 import dataset.collate
-import model.model_minimind as minimind
 from common.distributed import autocast, peak_memory_bytes, resolve_dtype, runtime
 from common.setup import DEFAULT_TOKENIZER, set_trainable, special_ids
 from common.tokenizer import load_tokenizer
@@ -47,7 +46,7 @@ from trainer.arguments import VLMTrainingFlags
 from trainer.batches import planned_steps, step_sampler
 from trainer.loop import train
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # Longest row, mean row in tokens: so that 58 % and 65 % of a batch of the published scripts is padding.
 LENGTHS = {"pretrain": (640, 269), "sft": (1536, 538), "moe": (640, 269), "inference": (640, 269)}
 SPREAD = 0.5  # standard deviation of the logarithm of a row's text length
@@ -133,7 +132,7 @@ def write_rows(folder: Path, stage: str, options: argparse.Namespace) -> None:
                     Image.fromarray(coarse).resize((320, 240)).save(picture)
                 count = max(1, round(min(lengths[number], longest - 230) / tokens_per_word))
                 answer = " and ".join(words[i] for i in rng.integers(0, len(words), count))
-                file.write(json.dumps(row([("What is here?", answer)], str(picture))) + "\n")
+                file.write(json_line("What is here?", answer, picture))
 
 
 # One stage: a process for each mode, which take turns
@@ -195,16 +194,11 @@ class Bench:
         self.stage, self.mode, self.folder, self.options, self.run = stage, mode, folder, options, run
         self.counter = CountingCollate(LENGTHS[stage][0] if mode == "published" else None)
         dataset.collate.collate = self.counter
-        tokenizer = load_tokenizer(str(ROOT / DEFAULT_TOKENIZER))
-        sizes = {"hidden_size": options.hidden_size, "num_hidden_layers": options.num_hidden_layers}
-        vision = CLIPVisionConfig(patch_size=16, num_hidden_layers=options.vision_layers)
-        config = VLMConfig(**sizes, **special_ids(tokenizer), use_moe=stage == "moe", vision_config=vision)
         kind = PublishedVLM if mode == "published" and stage != "inference" else MiniMindVLM
-        self.model = kind(config, None).to(run.device)
+        model, self.processor = random_vlm(options, use_moe=stage == "moe", kind=kind)
+        self.model = model.to(run.device)
         if mode == "published":
-            minimind.Attention.forward = attention_step_by_step
-            minimind.MoE._routed = experts_one_by_one
-        self.processor = MiniMindVLMProcessor(CLIPImageProcessorPil(), tokenizer)
+            work_as_published()
         if stage != "inference":
             set_trainable(self.model, TRAINABLE[stage])
         learning = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
@@ -291,6 +285,17 @@ class Bench:
         return {"samples_per_second": len(questions) / seconds, "tokens_per_second": tokens / seconds}
 
 
+def random_vlm(
+    options: argparse.Namespace, use_moe: bool = False, kind: type[MiniMindVLM] = MiniMindVLM
+) -> tuple[MiniMindVLM, MiniMindVLMProcessor]:
+    """A model of the sizes in `options` with random weights, its encoder's too, and its processor."""
+    tokenizer = load_tokenizer(str(ROOT / DEFAULT_TOKENIZER))
+    sizes = {"hidden_size": options.hidden_size, "num_hidden_layers": options.num_hidden_layers}
+    vision = CLIPVisionConfig(patch_size=16, num_hidden_layers=options.vision_layers)
+    config = VLMConfig(**sizes, **special_ids(tokenizer), use_moe=use_moe, vision_config=vision)
+    return kind(config, None), MiniMindVLMProcessor(CLIPImageProcessorPil(), tokenizer)
+
+
 class NoCheckpoints:
     """Stands where the loop saves: what is timed is training."""
 
@@ -337,46 +342,6 @@ class CountingCollate:
                 batch[name] = F.pad(batch[name], more, value=fill)
         self.positions += batch["input_ids"].numel()
         return batch
-
-
-# What the published release does
-
-
-class PublishedVLM(MiniMindVLM):
-    def forward(self, labels=None, num_items_in_batch=None, skip_logits=False, **inputs):
-        """Logits and losses of all positions, whether or not they count."""
-        output = super().forward(**inputs)
-        if labels is not None:
-            logits, targets = output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-            losses = F.cross_entropy(logits, targets.clamp(min=0), reduction="none")  # (B * (T - 1),)
-            output.loss = (losses * (targets != -100)).sum() / num_items_in_batch
-        return output
-
-
-def attention_step_by_step(self, hidden, rope, mask, past_key_values):
-    B, T, C = hidden.shape
-    query, key, value = (
-        projection(hidden).view(B, T, -1, self.head_dim).transpose(1, 2)
-        for projection in (self.q_proj, self.k_proj, self.v_proj)
-    )
-    query, key = minimind.rotate(query, *rope), minimind.rotate(key, *rope)
-    if past_key_values is not None:
-        key, value = past_key_values.update(key, value, self.layer_index)
-    key, value = key.repeat_interleave(self.groups, 1), value.repeat_interleave(self.groups, 1)
-    scores = query @ key.transpose(-2, -1) / math.sqrt(self.head_dim)  # (B, H, T, S)
-    S = key.shape[2]
-    scores = scores + torch.full((T, S), -math.inf, device=hidden.device).triu(S - T + 1)
-    output = scores.softmax(-1) @ value  # (B, H, T, D)
-    return self.resid_dropout(self.o_proj(output.transpose(1, 2).reshape(B, T, C)))
-
-
-def experts_one_by_one(self, tokens, choices, weights):
-    k = choices.shape[1]
-    repeated, chosen = tokens.repeat_interleave(k, dim=0), choices.flatten()
-    output = torch.zeros_like(repeated)
-    for number, expert in enumerate(self.experts):
-        output[chosen == number] = expert(repeated[chosen == number])
-    return (output.view(*weights.shape, -1) * weights.unsqueeze(-1)).sum(1)
 
 
 # Figures

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from make_demo_data import row, write_rows
 from PIL import Image
 from torch.utils.data import DataLoader
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -33,7 +32,7 @@ from trainer.learner import Learner
 from trainer.loop import count
 from trainer.state import Checkpoints, Progress
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LENGTHS = (128, 256, 512, 1024, 2048)  # tokens, in one row
 BATCHES = (1, 2, 4, 8, 16)  # rows of 256 tokens
 PICTURES = 256  # JPEG files of 640 x 480 pixels
@@ -129,7 +128,7 @@ def row_points(folder: Path, rows: int) -> list[dict]:
     path = folder / f"rows_{rows}.jsonl"
     with path.open("w") as file:
         for number in range(rows):
-            file.write(json.dumps(row([(TEXT + str(number), "a bicycle")])) + "\n")
+            file.write(json_line(TEXT + str(number), "a bicycle"))
     points = [{"rows": rows, "start": start, **apart(first_step, str(path))} for start in ("first", "later")]
     path.unlink()
     return points
@@ -170,14 +169,14 @@ def loader_point(folder: Path, workers: int) -> dict:
     images, path = folder / "jpeg", folder / "jpeg.jsonl"
     images.mkdir(exist_ok=True)
     rng = np.random.default_rng(0)
-    rows = []
+    lines = []
     for number in range(PICTURES):
         file = images / f"{number}.jpg"
         if not file.exists():
             coarse = rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)
             Image.fromarray(coarse).resize((640, 480)).save(file, quality=90)
-        rows.append(row([("What is here?", "a cat")], str(file)))
-    write_rows(path, rows)
+        lines.append(json_line("What is here?", "a cat", file))
+    path.write_text("".join(lines))
     tokenizer = load_tokenizer(str(ROOT / DEFAULT_TOKENIZER))
     samples = VLMDataset([path], MiniMindVLMProcessor(CLIPImageProcessorPil(), tokenizer), 640)
     loader = DataLoader(
@@ -189,6 +188,13 @@ def loader_point(folder: Path, workers: int) -> dict:
     start = time.perf_counter()
     count = sum(len(batch["input_ids"]) for step in loader for batch in step)
     return {"workers": workers, "images_per_second": count / (time.perf_counter() - start)}
+
+
+def json_line(question: str, answer: str, image: Path | str = "") -> str:
+    """A row of the training files with one question, about a picture if one is given."""
+    marker = "<image>\n" if image else ""
+    turns = [{"role": "user", "content": marker + question}, {"role": "assistant", "content": answer}]
+    return json.dumps({"image": str(image), "conversations": turns}) + "\n"
 
 
 def scaling_table(sections: dict[str, list[dict]]) -> str:

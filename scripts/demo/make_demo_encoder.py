@@ -2,8 +2,8 @@
 
 A throw-away linear head names, for each patch, the thing that covers most of it; another tells where the
 patch lies. The held-out style never occurs in training; the score is measured on it. An hour on two cores.
-    python scripts/make_demo_encoder.py --steps 4000
-    python scripts/make_demo_encoder.py --resume out/demo_encoder/state.pt --steps 5000
+    python scripts/demo/make_demo_encoder.py --steps 4000
+    python scripts/demo/make_demo_encoder.py --resume out/demo_encoder/state.pt --steps 5000
 """
 
 import argparse
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PATCH = 16
 GRID = PICTURE_SIZE // PATCH
 BACKGROUND = 0  # class 0; thing i of the world is class i + 1
@@ -170,7 +170,7 @@ def record(args: argparse.Namespace, model: nn.Module, steps: int, seconds: floa
     """What training.json says."""
     world = load_world()
     return {
-        "trained_by": "scripts/make_demo_encoder.py",
+        "trained_by": "scripts/demo/make_demo_encoder.py",
         "date": datetime.now(UTC).date().isoformat(),
         "machine": "two CPU cores with AVX2, float32, shared with other work",
         "styles": [style for style in world["styles"] if style != world["held_out_style"]],

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from playwright.sync_api import Browser, expect, sync_playwright
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common.cli import UserError, flag, parse_flags, run_main
 
@@ -25,7 +25,7 @@ class ScreenshotFlags:
 
 def main() -> int:
     flags = parse_flags(ScreenshotFlags, __doc__)
-    program = next(filter(None, map(shutil.which, BROWSERS)), None)
+    program = find_browser()
     if program is None:
         raise UserError(f"no browser: none of {', '.join(BROWSERS)} is installed (apt install chromium)")
     with sync_playwright() as playwright:
@@ -38,6 +38,11 @@ def main() -> int:
         shoot(browser, flags, "phone", sailboat, "这是哪一类东西？", locale="zh-CN", viewport=PHONE)
         browser.close()
     return 0
+
+
+def find_browser() -> str | None:
+    """The path of an installed Chromium."""
+    return next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
 def shoot(

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Checks that lmms-eval runs on an exported folder: bash scripts/test_lmms_eval.sh [ENVIRONMENT]
+# Checks that lmms-eval runs on an exported folder: bash scripts/lmms_eval/test_lmms_eval.sh [ENVIRONMENT]
 # Makes an environment of its own (.venv-lmms, 2.5 GB), trains a model of eighteen rows, has lmms-eval score it
 # without network on local tasks in POPE's and MMMU's format, and compares with the known scores.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 
 venv=${1:-.venv-lmms}
 folder=out/lmms_eval_test
@@ -33,10 +33,10 @@ fi
 export HF_HUB_OFFLINE=1
 rm -rf "$folder"
 echo "== model and tasks"
-"$venv/bin/python" scripts/lmms_eval_local_task.py make "$folder"
+"$venv/bin/python" scripts/lmms_eval/lmms_eval_local_task.py make "$folder"
 echo "== lmms-eval"
-"$venv/bin/python" scripts/lmms_eval_model.py --model minimind_v --model_args "pretrained=$folder/hf" \
+"$venv/bin/python" scripts/lmms_eval/lmms_eval_model.py --model minimind_v --model_args "pretrained=$folder/hf" \
     --tasks pope_local,mmmu_local --include_path "$folder/tasks" --batch_size 5 --device cpu \
     --output_path "$folder/results" --log_samples
 echo "== scores"
-"$venv/bin/python" scripts/lmms_eval_local_task.py check "$folder"
+"$venv/bin/python" scripts/lmms_eval/lmms_eval_local_task.py check "$folder"
