@@ -9,6 +9,7 @@ from conftest import ROOT
 
 LAYERS = ["model", "dataset", "common", "trainer", "inference", "scripts"]
 FILES = [path.relative_to(ROOT) for layer in LAYERS for path in sorted((ROOT / layer).rglob("*.py"))]
+MOST_LINES_ABOUT_TRAINING = 4800  # what one reads to understand it
 
 
 def imported(path: Path) -> set[str]:
@@ -34,6 +35,11 @@ def test_imports_go_one_way(path):
 @pytest.mark.parametrize("path", sorted((ROOT / "model").glob("*.py")), ids=lambda path: path.name)
 def test_model_files_can_travel_with_an_export(path):
     assert imported(path) <= {".", "torch", "transformers", *sys.stdlib_module_names}
+
+
+def test_training_is_understood_in_an_evening():
+    read = [path for path in FILES if path.parts[0] in ("model", "dataset", "common", "trainer")]
+    assert sum(len((ROOT / path).read_text().splitlines()) for path in read) <= MOST_LINES_ABOUT_TRAINING
 
 
 def test_tests_stand_where_what_they_test_stands():
