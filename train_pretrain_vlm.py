@@ -9,8 +9,12 @@ from trainer.stage import run_stage
 
 @dataclass
 class PretrainFlags(VLMTrainingFlags):
-    data_path: list[str] = flag(["dataset/pretrain_data.jsonl"], "JSONL or JSON files with the captions")
-    images_path: str = flag("dataset/pretrain_images", "folder that relative image paths start from")
+    data_path: list[str] = flag(
+        ["dataset/pretrain_data.jsonl"], "JSONL or JSON files with the captions", resumable=True
+    )
+    images_path: str = flag(
+        "dataset/pretrain_images", "folder that relative image paths start from", resumable=True
+    )
     epochs: int = flag(4, "passes over the data")
     trainable: str = flag("proj_last", "which weights learn", TRAINABLE)
 

@@ -22,6 +22,14 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 class UserError(Exception):
     """Something the user can mend. The message is one line and says what was found and what was expected."""
 
+    exit_code = 1
+
+
+class UsageError(UserError):
+    """Flags that do not go together, found after they were parsed."""
+
+    exit_code = 2
+
 
 @contextlib.contextmanager
 def user_errors(what: str = "") -> Iterator[None]:
@@ -36,8 +44,11 @@ def user_errors(what: str = "") -> Iterator[None]:
         raise UserError(f"{what}: {message}" if what else message) from error
 
 
-def flag(default: Any, help_text: str, choices: tuple[str, ...] | None = None) -> Any:
-    metadata: dict[str, Any] = {"help": help_text}
+def flag(
+    default: Any, help_text: str, choices: tuple[str, ...] | None = None, resumable: bool = False
+) -> Any:
+    """A field that is a flag; a `resumable` one may change when a run is resumed."""
+    metadata: dict[str, Any] = {"help": help_text, "resumable": resumable}
     if choices:
         metadata["choices"] = choices
     if isinstance(default, list):
@@ -45,18 +56,20 @@ def flag(default: Any, help_text: str, choices: tuple[str, ...] | None = None) -
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def optional_flag(help_text: str) -> Any:
-    return dataclasses.field(default=None, metadata={"help": help_text})
+def optional_flag(help_text: str, switch: bool = False, resumable: bool = False) -> Any:
+    """A flag that is None where it is not given; a `switch` needs no value, as those of type bool."""
+    metadata = {"help": help_text, "resumable": resumable}
+    return dataclasses.field(
+        default=None, metadata=metadata | ({"nargs": "?", "const": True} if switch else {})
+    )
 
 
 def parse_flags(flags: type[Flags], description: str) -> Flags:
     """Fills the dataclass `flags` from the command line; its `__post_init__` may raise ValueError (exit code
     2)."""
-    from transformers import HfArgumentParser
-
-    parser = HfArgumentParser(flags, description=description, allow_abbrev=False)
+    parser = make_parser(flags, description=description, allow_abbrev=False)
     for item in dataclasses.fields(flags):  # the library does this only for flags that are on by default
-        if item.default is False:
+        if item.default is False or item.type == bool | None:
             off = {"dest": item.name, "action": "store_false", "default": argparse.SUPPRESS}
             parser.add_argument(f"--no_{item.name}", help=f"switch --{item.name} off", **off)
     if not {"-h", "--help"} & set(sys.argv[1:]):
@@ -66,6 +79,16 @@ def parse_flags(flags: type[Flags], description: str) -> Flags:
     except ValueError as error:
         parser.error(str(error))
     return parsed
+
+
+def make_parser(flags: type, **settings: Any) -> argparse.ArgumentParser:
+    from transformers import HfArgumentParser
+
+    class Parser(HfArgumentParser):
+        def add_argument(self, *names: str, resumable: bool = False, **settings: Any) -> argparse.Action:
+            return super().add_argument(*names, **settings)  # argparse knows nothing of resuming
+
+    return Parser(flags, **settings)
 
 
 def run_main(main: Callable[[], int | None]) -> None:
@@ -84,7 +107,7 @@ def run_main(main: Callable[[], int | None]) -> None:
     except (UserError, DataError) as error:
         if str(error):  # empty where another rank tells what happened, or nobody reads any more
             print(f"error: {error}", file=sys.stderr)
-        code = 1
+        code = getattr(error, "exit_code", 1)
     except KeyboardInterrupt:
         code = 130
     sys.exit(code)

@@ -11,7 +11,7 @@ from transformers import AutoImageProcessor, PreTrainedTokenizerBase
 
 from common.cli import UserError, user_errors
 from common.tokenizer import check_tokenizer, load_tokenizer
-from common.weights import SIZES, Sidecar, check_sizes, load_weights_file, weight_name
+from common.weights import SIZES, Sidecar, check_sizes, load_weights_file
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.model_vlm import MiniMindVLM, VLMConfig, load_weights
 from model.processing_vlm import PLACEHOLDER, MiniMindVLMProcessor
@@ -143,37 +143,3 @@ def load_base(
     with user_errors(str(path)):
         load_weights(model, state, allow_missing=fresh)
     return sidecar
-
-
-def find_base(from_weight: str | None, out_dir: Path, stages: tuple[str, ...], flags: Any) -> Path | None:
-    """Weights that a stage starts from: `--from_weight`, or what one of `stages` wrote; None for a fresh
-    start."""
-    if from_weight == "none" or (from_weight is None and not stages):
-        return None
-    if from_weight is not None:
-        return Path(from_weight)
-    names = [weight_name(stage, flags.hidden_size, flags.use_moe) for stage in stages]
-    for name in names:
-        if (out_dir / name).is_file():
-            return out_dir / name
-    raise UserError(
-        f"no {names[0]} in {out_dir}: run the stage before, or give --from_weight PATH, or --from_weight none"
-    )
-
-
-def set_trainable(model: torch.nn.Module, trainable: str) -> None:
-    """Marks which weights learn; the encoder never does.
-
-    `proj`: the projection; `proj_last`: and the last layer; `proj_attn`: and all q/k/v/o projections;
-    `proj_llm`: and the whole language model.
-    """
-    last = f"model.layers.{model.config.num_hidden_layers - 1}."
-    for name, parameter in model.named_parameters():
-        learns = name.startswith("vision_proj.")
-        if trainable == "proj_last":
-            learns |= name.startswith(last)
-        elif trainable == "proj_attn":
-            learns |= any(f".self_attn.{letter}_proj." in name for letter in "qkvo")
-        elif trainable == "proj_llm":
-            learns = True
-        parameter.requires_grad_(learns and not name.startswith("vision_encoder."))

@@ -121,16 +121,21 @@ def load_weights_file(path: Path) -> tuple[dict[str, torch.Tensor], Sidecar]:
         raise UserError(f"{path}: not a readable .pth file ({reason})") from None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{path}: expected a state dict of tensors, found {type(state).__name__}")
+    return state, read_sidecar(path) or {"config": config_from_shapes(state, path)}
+
+
+def read_sidecar(path: Path) -> Sidecar:
+    """The sidecar file of a `.pth`, {} where it has none."""
     sidecar_path = path.with_suffix(".json")
     if not sidecar_path.is_file():
-        return state, {"config": config_from_shapes(state, path)}
+        return {}
     try:
         sidecar = json.loads(sidecar_path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{sidecar_path}: not a JSON sidecar ({error})") from None
     if not isinstance(sidecar, dict) or not isinstance(sidecar.get("config"), dict):
         raise UserError(f"{sidecar_path}: not a sidecar, it has no 'config'")
-    return state, sidecar
+    return sidecar
 
 
 def config_from_shapes(state: dict[str, torch.Tensor], path: Path) -> dict[str, Any]:

@@ -37,12 +37,13 @@ stage() {
     mark "$name" "$((SECONDS - start))" "$state $*"
 }
 
+# Said once: later stages follow the weights that they start from.
 model="--hidden_size $hidden --num_hidden_layers 4 --num_attention_heads 2 --num_key_value_heads 2"
 # A model this narrow is no faster in bfloat16, also on hardware that is made for it; and figures should not
 # depend on the machine.
 dtype="--dtype float32"
-common="$model $dtype --out_dir $out --batch_size 16 --warmup_iters 50 --num_workers 1 --epochs 100"
-images="--images_path $data --vision_model_path model/vision_model/demo-encoder --cache_features $out/features"
+common="$dtype --out_dir $out --batch_size 16 --warmup_iters 50 --num_workers 1 --epochs 100"
+images="--images_path $data --cache_features $out/features"
 score="eval_vlm.py $dtype --weight $out/sft_vlm_$hidden.pth --images_path $data --score --no_blank_baseline"
 
 # Always run: it sees for itself whether its data are up to date, and changes nothing then.
@@ -54,9 +55,10 @@ manifest=$(cat $data/manifest.json)
 state=$({ find model dataset common trainer inference scripts ./*.py -name '*.py' | sort | xargs cat &&
     cat model/tokenizer/* model/vision_model/demo-encoder/* $data/manifest.json; } | cksum)
 stage lm $out/lm_$hidden.pth \
-    scripts/train_lm.py $common --data_path $data/lm.jsonl --learning_rate 2e-3 --max_steps 1500
+    scripts/train_lm.py $model $common --data_path $data/lm.jsonl --learning_rate 2e-3 --max_steps 1500
 stage pretrain $out/pretrain_vlm_$hidden.pth \
-    train_pretrain_vlm.py $common $images --data_path $data/pretrain.jsonl --learning_rate 1e-3 --max_steps 750
+    train_pretrain_vlm.py $common $images --vision_model_path model/vision_model/demo-encoder \
+    --data_path $data/pretrain.jsonl --learning_rate 1e-3 --max_steps 750
 stage sft $out/sft_vlm_$hidden.pth \
     train_sft_vlm.py $common $images --data_path $data/sft.jsonl --learning_rate 1e-3 --max_steps 6000 \
     --log_interval 100 --eval_data_path $data/val.jsonl

@@ -16,7 +16,9 @@ from trainer.stage import run_stage
 
 @dataclass
 class LMFlags(TrainingFlags):
-    data_path: list[str] = flag(["dataset/lm_data.jsonl"], "JSONL or JSON files with the texts")
+    data_path: list[str] = flag(
+        ["dataset/lm_data.jsonl"], "JSONL or JSON files with the texts", resumable=True
+    )
     learning_rate: float = flag(5e-4, "peak learning rate; a cosine brings it down to a tenth")
 
 

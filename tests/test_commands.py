@@ -61,7 +61,7 @@ case "$1 $2" in
         for tool in python uv ruff; do cp "$0" .venv/bin/$tool; done
         ;;
     *make_demo_data.py*) made=$(value --out_dir)/manifest.json && leave "$made" && cp drawings "$made" ;;
-    *train_*) stage=${1#*train_} && leave "$(value --out_dir)/${stage%.py}_$(value --hidden_size).pth" ;;
+    *train_*) stage=${1#*train_} && leave "$(value --out_dir)/${stage%.py}_128.pth" ;;
     eval_vlm.py*) leave "$(value --report)" ;;
     convert_to_hf.py*) leave "$(value --out)/model.safetensors" ;;
 esac

@@ -20,6 +20,7 @@ import eval_vlm
 import train_pretrain_vlm
 import train_sft_vlm
 import web_demo
+from common.cli import make_parser
 from dataset.errors import DataError
 from dataset.rows import normalise_row
 from model.model_minimind import MiniMindForCausalLM
@@ -160,7 +161,7 @@ def demo_sizes() -> list[str]:
 
 def counts(arguments: list[str], vision_width: int) -> Iterator[str]:
     """Parameters in all, of the language model, active, learning in pretraining; the fp16 file's size."""
-    parser = HfArgumentParser(train_pretrain_vlm.PretrainFlags)
+    parser = make_parser(train_pretrain_vlm.PretrainFlags)
     (flags,) = parser.parse_args_into_dataclasses(arguments)
     config = VLMConfig(**flags.model_config())
     with torch.device("meta"):

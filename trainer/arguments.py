@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.cli import DTYPES, flag, optional_flag
+from common.setup import DEFAULT_ENCODER, DEFAULT_TOKENIZER
 
 TRAINABLE = ("proj", "proj_last", "proj_attn", "proj_llm")
 CACHE_DTYPES = ("float16", "int8")
@@ -19,6 +20,8 @@ POSITIVE = (
     "hidden_size num_hidden_layers num_attention_heads num_key_value_heads max_seq_len max_steps "
     "tokens_per_batch keep_checkpoints timeout_seconds loss_spike"
 ).split()
+SIZE_FLAGS = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads use_moe".split()
+FOLLOWS = "; if not given: the base's, {} without a base"
 MAX_POSITIONS = 32768  # of MiniMindConfig
 NOT_NEGATIVE = ("num_workers", "warmup_iters", "grad_clip", "seed", "max_bad_steps")
 
@@ -28,11 +31,11 @@ class TrainingFlags:
     """Flags of every stage. ValueError names a flag whose value makes no sense."""
 
     data_path: list[str] = flag(
-        [], "JSONL or JSON files with the rows to train on; several are read in order"
+        [], "JSONL or JSON files with the rows to train on; several are read in order", resumable=True
     )
-    out_dir: str = flag("out", "folder for weights; metrics go to runs/ in it")
+    out_dir: str = flag("out", "folder for weights; metrics go to runs/ in it", resumable=True)
     epochs: int = flag(1, "passes over the data")
-    batch_size: int = flag(16, "rows of one micro-batch on one rank")
+    batch_size: int = flag(16, "rows of one micro-batch on one rank", resumable=True)
     tokens_per_batch: int | None = optional_flag(
         "tokens of one micro-batch on one rank, padding included: as many rows as fit, whatever --batch_size "
         "says"
@@ -40,64 +43,84 @@ class TrainingFlags:
     pack: bool = flag(
         False,
         "put several rows of a micro-batch into one sequence of --max_seq_len tokens at most, if cheaper",
+        resumable=True,
     )
-    accumulation_steps: int = flag(1, "micro-batches for one optimizer step")
+    accumulation_steps: int = flag(1, "micro-batches for one optimizer step", resumable=True)
     learning_rate: float = flag(4e-4, "peak learning rate; a cosine brings it down to a tenth")
     warmup_iters: int = flag(0, "optimizer steps of linear warm-up before the cosine")
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0 switches clipping off")
     max_steps: int | None = optional_flag("stop after this many optimizer steps, whatever --epochs says")
     max_seq_len: int = flag(640, "longest row in tokens, images included; longer rows are cut in their text")
     from_weight: str | None = optional_flag(
-        "weights to start from, or 'none'; if not given: what the stage before wrote"
+        "the base, weights to start from, or 'none'; if not given: what the stage before wrote to --out_dir"
     )
-    hidden_size: int = flag(512, "width of the language model")
-    num_hidden_layers: int = flag(8, "layers of the language model")
-    num_attention_heads: int = flag(8, "query heads")
-    num_key_value_heads: int = flag(2, "key and value heads")
-    use_moe: bool = flag(False, "mixture-of-experts feed-forward layers")
-    tokenizer_path: str = flag("model/tokenizer", "folder of the tokenizer")
-    device: str | None = optional_flag("cuda, cuda:1, mps or cpu; if not given: the best there is")
+    hidden_size: int | None = optional_flag("width of the language model" + FOLLOWS.format(512))
+    num_hidden_layers: int | None = optional_flag("layers of the language model" + FOLLOWS.format(8))
+    num_attention_heads: int | None = optional_flag("query heads" + FOLLOWS.format(8))
+    num_key_value_heads: int | None = optional_flag("key and value heads" + FOLLOWS.format(2))
+    use_moe: bool | None = optional_flag("mixture-of-experts layers" + FOLLOWS.format(False), switch=True)
+    tokenizer_path: str | None = optional_flag("folder of the tokenizer" + FOLLOWS.format(DEFAULT_TOKENIZER))
+    device: str | None = optional_flag(
+        "cuda, cuda:1, mps or cpu; if not given: the best there is", resumable=True
+    )
     dtype: str = flag(
         "auto", "precision of the forward pass; auto is bfloat16 where the hardware has it", DTYPES
     )
-    compile: bool = flag(False, "compile the model with torch.compile")
+    compile: bool = flag(False, "compile the model with torch.compile", resumable=True)
     activation_checkpointing: bool = flag(
-        False, "recompute each layer's activations in the backward pass: less memory, about a third slower"
+        False,
+        "recompute each layer's activations in the backward pass: less memory, about a third slower",
+        resumable=True,
     )
     num_workers: int = flag(
-        min(8, os.cpu_count() or 1), "processes that prepare batches; 0: none besides this one"
+        min(8, os.cpu_count() or 1),
+        "processes that prepare batches; 0: none besides this one",
+        resumable=True,
     )
     seed: int = flag(1337, "seed of initial weights, order and dropout")
-    log_interval: int = flag(100, "optimizer steps between two lines of metrics.jsonl")
-    save_interval: int = flag(1000, "optimizer steps between two saves of weights and training state")
-    keep_checkpoints: int = flag(2, "how many of the newest training states stay on the disk")
+    log_interval: int = flag(100, "optimizer steps between two lines of metrics.jsonl", resumable=True)
+    save_interval: int = flag(
+        1000, "optimizer steps between two saves of weights and training state", resumable=True
+    )
+    keep_checkpoints: int = flag(2, "how many of the newest training states stay on the disk", resumable=True)
     resume: str = flag(
         "auto",
         "auto: go on with an unfinished run of the same flags; never: start over; or a checkpoint's folder",
+        resumable=True,
     )
     resume_override: bool = flag(
-        False, "go on even though flags that decide what is learnt have changed since the checkpoint"
+        False,
+        "go on even though flags that decide what is learnt have changed since the checkpoint",
+        resumable=True,
     )
-    eval_data_path: list[str] = flag([], "rows to measure the loss on while training")
-    eval_interval: int = flag(1000, "optimizer steps between two measurements on --eval_data_path")
+    eval_data_path: list[str] = flag([], "rows to measure the loss on while training", resumable=True)
+    eval_interval: int = flag(
+        1000, "optimizer steps between two measurements on --eval_data_path", resumable=True
+    )
     on_bad_sample: str = flag(
         "skip",
         "a row that turns out not to be usable while training, such as a broken picture, is skipped, counted "
         "and listed, or ends the run",
         ON_BAD_SAMPLE,
+        resumable=True,
     )
     max_bad_steps: int = flag(
-        10, "how many steps in a row may be skipped for a loss or gradient that is not finite"
+        10, "how many steps in a row may be skipped for a loss or gradient that is not finite", resumable=True
     )
     loss_spike: float | None = optional_flag(
-        "skip a step whose loss is above this many times the running mean of the loss"
+        "skip a step whose loss is above this many times the running mean of the loss", resumable=True
     )
-    timeout_seconds: float = flag(1800.0, "how long a rank waits for the others before it gives up")
+    timeout_seconds: float = flag(
+        1800.0, "how long a rank waits for the others before it gives up", resumable=True
+    )
     tracker: str | None = flag(
-        None, "where to send the metrics as well, by the package of that name; if not given: none", TRACKERS
+        None,
+        "where to send the metrics as well, by the package of that name; if not given: none",
+        TRACKERS,
+        resumable=True,
     )
-    use_wandb: bool = flag(False, "old name of --tracker wandb")
-    wandb_project: str = flag("MiniMind-V", "project name for the tracker, whichever it is")
+    use_wandb: bool = flag(False, "old name of --tracker wandb", resumable=True)
+    wandb_project: str = flag("MiniMind-V", "project name for the tracker, whichever it is", resumable=True)
 
     def __post_init__(self) -> None:
         for name in POSITIVE:
@@ -111,15 +134,14 @@ class TrainingFlags:
             raise ValueError(f"--seed must be below 2**64, found {self.seed}")
         if self.max_seq_len > MAX_POSITIONS:
             raise ValueError(f"--max_seq_len must be at most {MAX_POSITIONS}, found {self.max_seq_len}")
-        if self.hidden_size % (2 * self.num_attention_heads):  # RoPE turns pairs
+        width, heads, key_heads = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
+        if width and heads and width % (2 * heads):  # RoPE turns pairs
             raise ValueError(
-                f"--hidden_size {self.hidden_size} is not a multiple of twice "
-                f"--num_attention_heads {self.num_attention_heads}"
+                f"--hidden_size {width} is not a multiple of twice --num_attention_heads {heads}"
             )
-        if self.num_attention_heads % self.num_key_value_heads:
+        if heads and key_heads and heads % key_heads:
             raise ValueError(
-                f"--num_attention_heads {self.num_attention_heads} is not a multiple of "
-                f"--num_key_value_heads {self.num_key_value_heads}"
+                f"--num_attention_heads {heads} is not a multiple of --num_key_value_heads {key_heads}"
             )
         if not self.data_path:
             raise ValueError("--data_path is needed: the rows to train on")
@@ -129,22 +151,21 @@ class TrainingFlags:
             raise ValueError(f"--use_wandb is --tracker wandb, but --tracker {self.tracker} is given")
 
     def model_config(self) -> dict[str, Any]:
-        """The flags that are fields of the model's config."""
-        names = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads use_moe".split()
-        return {name: getattr(self, name) for name in names}
+        """The flags that are fields of the model's config, as far as they are set."""
+        return {name: getattr(self, name) for name in SIZE_FLAGS if getattr(self, name) is not None}
 
 
 @dataclass
 class VLMTrainingFlags(TrainingFlags):
     """Flags of the stages that see."""
 
-    images_path: str = flag("", "folder that the rows' relative image paths start from")
+    images_path: str = flag("", "folder that the rows' relative image paths start from", resumable=True)
     trainable: str = flag("proj_llm", "which weights learn", TRAINABLE)
-    vision_model_path: str = flag(
-        "model/vision_model/clip-vit-base-patch16", "folder of the frozen image encoder"
+    vision_model_path: str | None = optional_flag(
+        "folder of the frozen image encoder" + FOLLOWS.format(DEFAULT_ENCODER)
     )
     cache_features: str | None = optional_flag(
-        "folder for the encoder's outputs: encode each image only once"
+        "folder for the encoder's outputs: encode each image only once", resumable=True
     )
     cache_dtype: str = flag(
         "float16",

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import re
 import secrets
 from collections.abc import Callable
 from pathlib import Path
@@ -11,20 +12,38 @@ from typing import Any
 
 import torch
 
-from common.cli import UserError, user_errors
+from common.cli import UsageError, UserError, user_errors
 from common.distributed import Runtime, explained, runtime
-from common.setup import build_lm, build_vlm, find_base, load_base, set_trainable
+from common.setup import DEFAULT_ENCODER, DEFAULT_TOKENIZER, build_lm, build_vlm, load_base
 from common.tokenizer import load_tokenizer
-from common.weights import describe, half_state, save_weights, weight_name, write_json
+from common.weights import (
+    check_sizes,
+    describe,
+    half_state,
+    load_weights_file,
+    read_sidecar,
+    save_weights,
+    weight_name,
+    write_json,
+)
 from dataset.feature_cache import encode_missing, open_feature_cache
 from dataset.vlm_dataset import VLMDataset
-from model.model_minimind import MiniMindForCausalLM
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.processing_vlm import MiniMindVLMProcessor
-from trainer.arguments import TrainingFlags, VLMTrainingFlags
+from trainer.arguments import SIZE_FLAGS, TrainingFlags, VLMTrainingFlags
 from trainer.batches import planned_steps, step_sampler
 from trainer.loop import train
 from trainer.metrics import Metrics
-from trainer.state import Checkpoint, Checkpoints, check_settings, read_checkpoint, settings_of
+from trainer.state import (
+    Checkpoint,
+    Checkpoints,
+    check_settings,
+    named_checkpoint,
+    newest_first,
+    newest_intact,
+    read_checkpoint,
+    settings_of,
+)
 from trainer.trackers import open_tracker
 
 log = logging.getLogger(__name__)
@@ -38,6 +57,10 @@ def run_stage(flags: TrainingFlags, stage: str, bases: tuple[str, ...]) -> int:
     returns the exit code.
     """
     out_dir = Path(flags.out_dir)
+    tokenizer_asked = flags.tokenizer_path is not None
+    named = named_checkpoint(flags.resume)
+    base = None if named else find_base(flags, bases)
+    flags = follow(flags, named, base)
     path = out_dir / weight_name(stage, flags.hidden_size, flags.use_moe)
     run_dir = out_dir / "runs" / path.stem
     with user_errors(f"--out_dir {flags.out_dir}: cannot be written"):
@@ -46,8 +69,16 @@ def run_stage(flags: TrainingFlags, stage: str, bases: tuple[str, ...]) -> int:
         if not run.is_main:
             logging.disable(logging.WARNING)
         checkpoint = find_checkpoint(flags.resume, run_dir / "checkpoints", run)
-        base = None if checkpoint else find_base(flags.from_weight, out_dir, bases, flags)
-        model, processor = build_model(flags, base)
+        if checkpoint:
+            base = None
+        elif base and not base.is_file():
+            raise UserError(f"{base}: no such weights")
+        elif bases and not base and flags.from_weight != "none":
+            raise UserError(
+                f"no {weight_name(bases[0], flags.hidden_size, flags.use_moe)} in {out_dir}: run the stage "
+                "before, or give --from_weight PATH, or --from_weight none"
+            )
+        model, processor = build_model(flags, base, tokenizer_asked)
         model.to(run.device)
         samples = open_samples(flags.data_path, model, processor, flags, run)
         settings = settings_of(flags, samples, run.world_size)
@@ -135,7 +166,54 @@ def written_up(
     return code
 
 
-def build_model(flags: TrainingFlags, base: Path | None) -> tuple[MiniMindForCausalLM, MiniMindVLMProcessor]:
+def find_base(flags: TrainingFlags, stages: tuple[str, ...]) -> Path | None:
+    """The weights to start from: `--from_weight`, or what one of `stages` wrote to --out_dir in the size that
+    the flags leave open or name. None where there are none.
+
+    UserError where there are several sizes of them.
+    """
+    if flags.from_weight is not None:
+        return None if flags.from_weight == "none" else Path(flags.from_weight)
+    found: dict[tuple[int, bool], Path] = {}
+    for stage in stages:
+        for path in sorted(Path(flags.out_dir).glob(f"{stage}_*.pth")):
+            if match := re.fullmatch(rf"{stage}_(\d+)(_moe)?", path.stem):
+                size = int(match[1]), bool(match[2])
+                if flags.hidden_size in (None, size[0]) and flags.use_moe in (None, size[1]):
+                    found.setdefault(size, path)
+    if len(found) > 1:
+        raise UserError(
+            f"{flags.out_dir} has weights of several sizes to start from: "
+            f"{', '.join(path.name for path in found.values())}; name one with --from_weight, or by "
+            "--hidden_size and --use_moe or --no_use_moe"
+        )
+    return next(iter(found.values()), None)
+
+
+def follow(flags: TrainingFlags, checkpoint: Checkpoint | None, base: Path | None) -> TrainingFlags:
+    """The flags, and for what they leave open the sizes, tokenizer and encoder of `checkpoint`, else those of
+    `base`, else the defaults. UserError where a size contradicts `base`."""
+    found: dict[str, Any] = {}
+    if checkpoint:
+        found = checkpoint.about["settings"]
+    elif base and base.is_file():
+        sidecar = read_sidecar(base) or load_weights_file(base)[1]
+        check_sizes(sidecar, flags.model_config(), base)
+        paths = {name: (sidecar.get(name) or {}).get("path") for name in ("tokenizer", "encoder")}
+        found = {"tokenizer_path": paths["tokenizer"], "vision_model_path": paths["encoder"]}
+        found |= sidecar["config"]
+    defaults = {name: getattr(MiniMindConfig(), name) for name in SIZE_FLAGS}
+    defaults |= {"tokenizer_path": DEFAULT_TOKENIZER, "vision_model_path": DEFAULT_ENCODER}
+    unset = {name for name, value in vars(flags).items() if value is None} & defaults.keys()
+    try:
+        return dataclasses.replace(flags, **{name: found.get(name) or defaults[name] for name in unset})
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def build_model(
+    flags: TrainingFlags, base: Path | None, tokenizer_asked: bool
+) -> tuple[MiniMindForCausalLM, MiniMindVLMProcessor]:
     """The model as the flags say, with the weights of `base` if there is one, and the right ones learning."""
     tokenizer = load_tokenizer(flags.tokenizer_path)
     visual = isinstance(flags, VLMTrainingFlags)
@@ -144,8 +222,7 @@ def build_model(flags: TrainingFlags, base: Path | None) -> tuple[MiniMindForCau
     else:
         model, processor = build_lm(flags.model_config(), tokenizer)
     if base is not None:
-        asked = flags.tokenizer_path != default(flags, "tokenizer_path")
-        load_base(model, base, tokenizer, asked)
+        load_base(model, base, tokenizer, tokenizer_asked)
     if visual:
         set_trainable(model, flags.trainable)
     if flags.activation_checkpointing:
@@ -168,7 +245,7 @@ def find_checkpoint(resume: str, folder: Path, run: Runtime) -> Checkpoint | Non
         (is_old,) = run.sum(run.is_main and old.exists())
         if is_old or not restarts:
             return None
-    if resume not in ("auto", "never") and not (restarts and folder.exists()):
+    if resume not in ("auto", "never") and not (restarts and newest_first(folder)):
         checkpoint = read_checkpoint(Path(resume))
         if checkpoint is None or not checkpoint.intact():
             raise UserError(
@@ -177,7 +254,7 @@ def find_checkpoint(resume: str, folder: Path, run: Runtime) -> Checkpoint | Non
         return checkpoint
     step = -1.0
     with run.together():
-        if run.is_main and (newest := Checkpoints(folder, 1, is_main=False).newest_intact()):
+        if run.is_main and (newest := newest_intact(folder)):
             step = newest.about["step"]
     (step,) = run.sum(step if run.is_main else 0)
     return read_checkpoint(folder / f"step-{step:.0f}") if step >= 0 else None
@@ -214,5 +291,19 @@ def open_samples(
     return samples
 
 
-def default(flags: TrainingFlags, name: str):
-    return next(item.default for item in dataclasses.fields(flags) if item.name == name)
+def set_trainable(model: torch.nn.Module, trainable: str) -> None:
+    """Marks which weights learn; the encoder never does.
+
+    `proj`: the projection; `proj_last`: and the last layer; `proj_attn`: and all q/k/v/o projections;
+    `proj_llm`: and the whole language model.
+    """
+    last = f"model.layers.{model.config.num_hidden_layers - 1}."
+    for name, parameter in model.named_parameters():
+        learns = name.startswith("vision_proj.")
+        if trainable == "proj_last":
+            learns |= name.startswith(last)
+        elif trainable == "proj_attn":
+            learns |= any(f".self_attn.{letter}_proj." in name for letter in "qkvo")
+        elif trainable == "proj_llm":
+            learns = True
+        parameter.requires_grad_(learns and not name.startswith("vision_encoder."))

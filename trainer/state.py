@@ -12,7 +12,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,6 @@ from dataset.vlm_dataset import VLMDataset
 from trainer.arguments import TrainingFlags
 
 log = logging.getLogger(__name__)
-# What may change when a run is resumed: all other flags decide what is learnt. Batch size, ranks and
-# accumulation count as one number, and of the data the rows count, not the place.
-FREE_FLAGS = """
-    data_path images_path out_dir batch_size accumulation_steps pack device compile activation_checkpointing
-    num_workers log_interval save_interval keep_checkpoints eval_data_path eval_interval tracker use_wandb
-    wandb_project resume resume_override timeout_seconds on_bad_sample max_bad_steps loss_spike cache_features
-""".split()
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -92,7 +85,7 @@ class Checkpoints:
         """Removes the checkpoints of a run that is started over, the newest last: killed in between, it can
         still be gone on with."""
         if self.thread is not None:
-            for old in reversed(self.newest_first()):
+            for old in reversed(newest_first(self.folder)):
                 remove(old.folder)
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -137,7 +130,7 @@ class Checkpoints:
                 if not (is_full(error) and self._free_oldest()):
                     raise
                 write()
-        for old in self.newest_first()[self.keep :]:
+        for old in newest_first(self.folder)[self.keep :]:
             remove(old.folder)
 
     def _write_state(self, state: dict[str, Any], about: dict[str, Any]) -> None:
@@ -147,7 +140,7 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             write_file(temporary / "state.pt", lambda file: torch.save(state, file))
-            newest = self.newest_first()[:1]
+            newest = newest_first(self.folder)[:1]
             number = newest[0].about["number"] + 1 if newest else 1  # clocks may be set back
             about = {**about, "sha256": sha256_of(temporary / "state.pt"), "number": number}
             write_json(temporary / "state.json", about)
@@ -163,40 +156,48 @@ class Checkpoints:
 
     def _free_oldest(self) -> bool:
         """Makes room by removing the oldest checkpoint, if it is not the only one."""
-        old = self.newest_first()[1:]
+        old = newest_first(self.folder)[1:]
         if old:
             log.warning("warning: the disk is full; removing the oldest checkpoint, %s", old[-1].folder)
             remove(old[-1].folder)
         return bool(old)
 
-    def newest_first(self) -> list[Checkpoint]:
-        """Those that have a readable `state.json`."""
-        found = [read_checkpoint(folder) for folder in self.folder.glob("step-*")]
-        readable = [checkpoint for checkpoint in found if checkpoint is not None]
-        return sorted(readable, key=lambda checkpoint: checkpoint.about["number"], reverse=True)
 
-    def newest_intact(self) -> Checkpoint | None:
-        """The one to go on from, or None; damaged newer ones are set aside with a warning.
+def newest_first(folder: Path) -> list[Checkpoint]:
+    """The checkpoints in a run's folder that have a readable `state.json`."""
+    found = [read_checkpoint(one) for one in folder.glob("step-*")]
+    readable = [checkpoint for checkpoint in found if checkpoint is not None]
+    return sorted(readable, key=lambda checkpoint: checkpoint.about["number"], reverse=True)
 
-        UserError if there are only damaged ones.
-        """
-        damaged = [folder for folder in self.folder.glob("step-*") if read_checkpoint(folder) is None]
-        intact = None
-        for checkpoint in self.newest_first():
-            if checkpoint.intact():
-                intact = checkpoint
-                break
-            damaged.append(checkpoint.folder)
-        if damaged and intact is None:
-            raise UserError(f"{self.folder}: no checkpoint is intact; --resume never starts over")
-        for folder in damaged:
-            aside = folder.with_name(f"damaged-{folder.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            folder.rename(aside)
-            log.warning(
-                "warning: %s is damaged: it is now %s, and the one before it is used", folder, aside.name
-            )
-        return intact
+
+def newest_intact(folder: Path) -> Checkpoint | None:
+    """The one to go on from, or None; damaged newer ones are set aside with a warning.
+
+    UserError if there are only damaged ones.
+    """
+    damaged = [one for one in folder.glob("step-*") if read_checkpoint(one) is None]
+    intact = None
+    for checkpoint in newest_first(folder):
+        if checkpoint.intact():
+            intact = checkpoint
+            break
+        damaged.append(checkpoint.folder)
+    if damaged and intact is None:
+        raise UserError(f"{folder}: no checkpoint is intact; --resume never starts over")
+    for one in damaged:
+        aside = one.with_name(f"damaged-{one.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        one.rename(aside)
+        log.warning("warning: %s is damaged: it is now %s, and the one before it is used", one, aside.name)
+    return intact
+
+
+def named_checkpoint(resume: str) -> Checkpoint | None:
+    """What --resume names, unchecked; if it has gone since, as when torchrun starts the ranks again, a newer
+    one of the same run."""
+    if resume in ("auto", "never"):
+        return None
+    return read_checkpoint(Path(resume)) or next(iter(newest_first(Path(resume).parent)), None)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint | None:
@@ -226,8 +227,12 @@ def is_full(error: BaseException | None) -> bool:
 
 
 def settings_of(flags: TrainingFlags, samples: VLMDataset, world_size: int) -> dict[str, Any]:
-    """What a resumed run must have in common with the run before, by the name of the flag that says it."""
-    settings = {name: value for name, value in vars(flags).items() if name not in FREE_FLAGS}
+    """What a resumed run must have in common with the run before, by the name of the flag that says it: all
+    that decides what is learnt. Batch size, ranks and accumulation count as one number, and of the data the
+    rows count, not the place."""
+    settings = {
+        item.name: getattr(flags, item.name) for item in fields(flags) if not item.metadata["resumable"]
+    }
     if not getattr(flags, "cache_features", None):
         settings.pop("cache_dtype", None)
     if flags.tokens_per_batch:  # how rows are grouped depends on each of the three

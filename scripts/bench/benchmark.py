@@ -35,7 +35,7 @@ from published import PublishedVLM, work_as_published
 
 import dataset.collate
 from common.distributed import autocast, peak_memory_bytes, resolve_dtype, runtime
-from common.setup import DEFAULT_TOKENIZER, set_trainable, special_ids
+from common.setup import DEFAULT_TOKENIZER, special_ids
 from common.tokenizer import load_tokenizer
 from dataset.feature_cache import encode_missing, open_feature_cache
 from dataset.vlm_dataset import VLMDataset
@@ -45,6 +45,7 @@ from model.processing_vlm import MiniMindVLMProcessor
 from trainer.arguments import VLMTrainingFlags
 from trainer.batches import planned_steps, step_sampler
 from trainer.loop import train
+from trainer.stage import set_trainable
 
 ROOT = Path(__file__).resolve().parents[2]
 # Longest row, mean row in tokens: so that 58 % and 65 % of a batch of the published scripts is padding.

@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 
 from common.distributed import runtime
-from common.setup import build_vlm, set_trainable
+from common.setup import build_vlm
 from common.tokenizer import load_tokenizer
 from dataset.collate import StepDataset, StepSampler
 from dataset.vlm_dataset import VLMDataset
 from trainer.arguments import TrainingFlags
 from trainer.learner import backward, distribute
 from trainer.loop import count
+from trainer.stage import set_trainable
 
 ENCODER = "tests/golden/clip"
 

@@ -17,7 +17,7 @@ import torch
 from conftest import ROOT, TINY, TINY_ENCODER, start
 from test_training import error_line, pretrain, records, weights
 
-from trainer.state import Checkpoints
+from trainer.state import newest_first
 
 NAME = "pretrain_vlm_64"
 
@@ -203,11 +203,11 @@ def test_a_full_disk_costs_the_oldest_state_then_ends_the_run(data, tmp_path):
         result = subprocess.run(list(map(str, shell)), cwd=ROOT, capture_output=True, text=True, timeout=200)
         shutil.rmtree(tmp_path / "kept", ignore_errors=True)
         (tmp_path / "disk.copy").rename(tmp_path / "kept")
-        saves = Checkpoints(tmp_path / "kept/out/runs" / NAME / "checkpoints", 2, is_main=False)
+        saves = newest_first(tmp_path / "kept/out/runs" / NAME / "checkpoints")
         return (
             result.returncode,
             result.stderr,
-            [(save.folder.name, save.intact()) for save in saves.newest_first()],
+            [(save.folder.name, save.intact()) for save in saves],
         )
 
     code, errors, kept = train_on("17m")

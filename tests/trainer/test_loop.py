@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from common.distributed import Runtime
-from common.setup import set_trainable
 from dataset import vlm_dataset
 from dataset.collate import StepDataset, StepSampler
 from dataset.images import open_image
@@ -19,6 +18,7 @@ from trainer.arguments import TrainingFlags
 from trainer.batches import planned_steps
 from trainer.learner import MODEL_INPUTS, backward, model_inputs
 from trainer.loop import count, learning_rate
+from trainer.stage import set_trainable
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 
@@ -175,8 +175,14 @@ def test_all_steps_of_all_epochs_are_planned(budget):
         ({"max_steps": 0}, "--max_steps must be above 0"),
         ({"learning_rate": -1.0}, "--learning_rate must be above 0"),
         ({"num_workers": -1}, "--num_workers must not be negative"),
-        ({"hidden_size": 100}, "--hidden_size 100 is not a multiple of twice --num_attention_heads 8"),
-        ({"num_key_value_heads": 3}, "is not a multiple of --num_key_value_heads 3"),
+        (
+            {"hidden_size": 100, "num_attention_heads": 8},
+            "--hidden_size 100 is not a multiple of twice --num_attention_heads 8",
+        ),
+        (
+            {"num_attention_heads": 8, "num_key_value_heads": 3},
+            "is not a multiple of --num_key_value_heads 3",
+        ),
         ({"data_path": []}, "--data_path is needed"),
     ],
 )

@@ -1,6 +1,7 @@
 """A run that stopped and went on has the bits of one that never stopped; checkpoints on disk."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -10,16 +11,19 @@ from conftest import TINY_ENCODER
 
 from common.cli import UserError
 from common.distributed import Runtime
-from common.setup import set_trainable
 from dataset.feature_cache import encode_missing, open_feature_cache
 from dataset.vlm_dataset import VLMDataset
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.processing_vlm import MiniMindVLMProcessor
+from scripts.train_lm import LMFlags
+from train_pretrain_vlm import PretrainFlags
+from train_sft_vlm import SFTFlags
 from trainer.arguments import VLMTrainingFlags
 from trainer.learner import Learner
 from trainer.loop import train
 from trainer.metrics import Metrics
-from trainer.state import Checkpoints, check_settings, settings_of
+from trainer.stage import set_trainable
+from trainer.state import Checkpoints, check_settings, newest_first, newest_intact, settings_of
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 ABOUT = {"settings": {}, "run_id": "0"}
@@ -54,7 +58,7 @@ def learn(data: Path, out: Path, processor, flags: dict, config: dict, stop_at: 
     settings = {"data_path": ["x"], "num_workers": 0, "batch_size": 2, "epochs": 9, "max_steps": STEPS}
     settings |= {"dtype": "float32", "learning_rate": 1e-2, "log_interval": 2, "eval_interval": 3} | flags
     checkpoints = Checkpoints(out / "checkpoints", 2, True, ABOUT, lambda state, step: None)
-    newest = checkpoints.newest_intact()
+    newest = newest_intact(checkpoints.folder)
     metrics = StoppingMetrics(out, STEPS, run, "", resumed_step=newest.about["step"] if newest else 0)
     metrics.stop_at = stop_at
     state = newest.load() if newest else None
@@ -97,7 +101,7 @@ def test_resume_gives_the_same_bits(data, tmp_path, processor, flags, config):
 
 def test_fp16_scale_is_part_of_the_state(data, tmp_path, processor):
     learn(data, tmp_path, processor, {"dtype": "float16"}, {}, 2)
-    state = Checkpoints(tmp_path / "checkpoints", 2, False).newest_intact().load()
+    state = newest_intact(tmp_path / "checkpoints").load()
     assert state["progress"]["step"] == 3
     state["scaler"]["scale"] = 8.0
     model = MiniMindVLM(VLMConfig(**SIZES), TINY_ENCODER)
@@ -112,7 +116,7 @@ def test_fp16_scale_is_part_of_the_state(data, tmp_path, processor):
 
 
 def read_steps(out: Path) -> list[int]:
-    return [found.about["step"] for found in Checkpoints(out / "checkpoints", 2, False).newest_first()]
+    return [found.about["step"] for found in newest_first(out / "checkpoints")]
 
 
 @pytest.fixture
@@ -127,7 +131,7 @@ def checkpoints(tmp_path):
 def test_the_newest_stay(checkpoints, tmp_path):
     assert read_steps(tmp_path) == [9, 6]
     assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["step-6", "step-9"]
-    assert checkpoints.newest_intact().load()["model"]["w"][0] == 9
+    assert newest_intact(checkpoints.folder).load()["model"]["w"][0] == 9
 
 
 def truncate(folder: Path) -> None:
@@ -154,12 +158,12 @@ def flip_a_bit(folder: Path) -> None:
 )
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(checkpoints, damage, caplog):
     damage(checkpoints.folder / "step-9")
-    assert checkpoints.newest_intact().load()["model"]["w"][0] == 6
+    assert newest_intact(checkpoints.folder).load()["model"]["w"][0] == 6
     assert "step-9 is damaged" in caplog.text
     assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["damaged-step-9", "step-6"]
     damage(checkpoints.folder / "step-6")
     with pytest.raises(UserError, match="no checkpoint is intact; --resume never starts over"):
-        checkpoints.newest_intact()
+        newest_intact(checkpoints.folder)
 
 
 def test_half_a_save_is_no_checkpoint(checkpoints, tmp_path):
@@ -190,6 +194,19 @@ def test_a_kill_while_a_run_is_cleared_leaves_its_newest_checkpoint(checkpoints,
     assert not checkpoints.folder.exists()
 
 
+MAY_CHANGE = """
+    data_path images_path out_dir batch_size accumulation_steps pack device compile activation_checkpointing
+    num_workers log_interval save_interval keep_checkpoints eval_data_path eval_interval tracker use_wandb
+    wandb_project resume resume_override timeout_seconds on_bad_sample max_bad_steps loss_spike cache_features
+""".split()
+
+
+@pytest.mark.parametrize("flags", [LMFlags, VLMTrainingFlags, PretrainFlags, SFTFlags])
+def test_the_same_flags_may_change_on_resume_in_every_stage(flags):
+    resumable = {item.name for item in fields(flags) if item.metadata["resumable"]}
+    assert resumable == {name for name in MAY_CHANGE if name in flags.__dataclass_fields__}
+
+
 def test_changed_flags_are_named(checkpoints, data, processor):
     samples = VLMDataset([data / "captions.jsonl"], processor, 512, data / "images")
     flags = {"data_path": ["x"], "batch_size": 4, "learning_rate": 1e-3}
@@ -197,7 +214,7 @@ def test_changed_flags_are_named(checkpoints, data, processor):
     def settings(**changed):
         return settings_of(VLMTrainingFlags(**flags | changed), samples, changed.pop("ranks", 1))
 
-    newest = checkpoints.newest_intact()
+    newest = newest_intact(checkpoints.folder)
     newest.about["settings"] = settings()
     check_settings(newest, settings(num_workers=3, log_interval=7, data_path=["elsewhere"]), False)
     check_settings(newest, settings(batch_size=2, accumulation_steps=2), False)
