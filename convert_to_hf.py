@@ -22,8 +22,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 from transformers.utils import logging as transformers_logging
 
 from common.cli import UserError, optional_flag, parse_flags, run_main, user_errors
-from common.setup import find_weight, load_export, load_vlm
-from common.weights import Sidecar, half_state, load_weights_file, save_weights
+from common.setup import find_weight, load_export, load_pth
+from common.weights import Sidecar, half_state, save_weights
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.processing_vlm import MiniMindVLMProcessor
 
@@ -73,8 +73,7 @@ def pth_to_export(flags: ConvertFlags) -> None:
     path = find_weight(flags.weight)
     if path.is_dir():
         raise UserError(f"--weight {path} is a folder, expected a .pth")
-    _, sidecar = load_weights_file(path)
-    source, processor = load_vlm(str(path), flags.vision_model_path, flags.tokenizer_path)
+    source, processor, sidecar = load_pth(path, flags.vision_model_path, flags.tokenizer_path)
     encoder = flags.vision_model_path or (sidecar.get("encoder") or {}).get("path")
     with replacing(out) as folder:
         with write_errors(out):

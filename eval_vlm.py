@@ -9,7 +9,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.cli import DTYPES, UserError, flag, optional_flag, parse_flags, run_main, user_errors
+from common.cli import (
+    DeviceFlags,
+    UserError,
+    check_seed,
+    flag,
+    optional_flag,
+    parse_flags,
+    run_main,
+    user_errors,
+)
 from common.distributed import Runtime, autocast, resolve_dtype, runtime
 from common.setup import DEMO_FOLDER, PUBLISHED_NAME, default_weight, load_vlm
 from common.weights import write_json
@@ -25,7 +34,7 @@ DEFAULT_PROMPT = "Describe the picture."
 
 
 @dataclass
-class EvalFlags:
+class EvalFlags(DeviceFlags):
     """ValueError names flags that contradict each other, or a value that makes no sense."""
 
     weight: list[str] = field(
@@ -66,10 +75,6 @@ class EvalFlags:
         "folder of the image encoder of a .pth; if not given: what it was trained with"
     )
     tokenizer_path: str | None = optional_flag("folder of its tokenizer; if not given: likewise")
-    device: str | None = optional_flag("cuda, cuda:1, mps or cpu; if not given: the best there is")
-    dtype: str = flag(
-        "auto", "precision of the forward pass; auto is bfloat16 where the hardware has it", DTYPES
-    )
     seed: int = flag(1337, "seed of sampling")
 
     def __post_init__(self) -> None:
@@ -77,11 +82,9 @@ class EvalFlags:
         for name in ("batch_size", "max_new_tokens"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name} must be above 0, found {getattr(self, name)}")
-        for name in ("temperature", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name} must not be negative, found {getattr(self, name)}")
-        if self.seed >= 2**64:  # torch takes no larger ones
-            raise ValueError(f"--seed must be below 2**64, found {self.seed}")
+        if self.temperature < 0:
+            raise ValueError(f"--temperature must not be negative, found {self.temperature}")
+        check_seed(self.seed)
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top_p must be above 0 and at most 1, found {self.top_p}")
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import gradio as gr
 from PIL import Image
 
-from common.cli import DTYPES, flag, optional_flag, parse_flags, run_main, user_errors
+from common.cli import DeviceFlags, flag, optional_flag, parse_flags, run_main, user_errors
 from common.distributed import resolve_dtype, runtime
 from common.setup import default_weight, find_weight
 from inference.web.events import Demo
@@ -32,7 +32,7 @@ MAX_PIXELS = 32_000_000  # Pillow refuses pictures of twice as many
 
 
 @dataclass
-class DemoFlags:
+class DemoFlags(DeviceFlags):
     """ValueError names a flag whose value makes no sense."""
 
     weight: str | None = optional_flag(
@@ -43,10 +43,6 @@ class DemoFlags:
     port: int = flag(7860, "port to listen on")
     share: bool = flag(False, "also offer a public address, by a tunnel through Gradio's servers")
     max_queue: int = flag(32, "questions that may wait; further ones are refused")
-    device: str | None = optional_flag("cuda, cuda:1, mps or cpu; if not given: the best there is")
-    dtype: str = flag(
-        "auto", "precision of the forward pass; auto is bfloat16 where the hardware has it", DTYPES
-    )
     vision_model_path: str | None = optional_flag(
         "folder of the image encoder of --weight, a .pth; if not given: what it was trained with"
     )

@@ -25,6 +25,10 @@ class UserError(Exception):
     exit_code = 1
 
 
+class ToldElsewhere(UserError):
+    """Nothing is left to say here: another rank says what happened, or nobody reads any more."""
+
+
 class UsageError(UserError):
     """Flags that do not go together, found after they were parsed."""
 
@@ -56,12 +60,25 @@ def flag(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def optional_flag(help_text: str, switch: bool = False, resumable: bool = False) -> Any:
-    """A flag that is None where it is not given; a `switch` needs no value, as those of type bool."""
-    metadata = {"help": help_text, "resumable": resumable}
-    return dataclasses.field(
-        default=None, metadata=metadata | ({"nargs": "?", "const": True} if switch else {})
+def optional_flag(help_text: str, resumable: bool = False) -> Any:
+    """A flag that is None where it is not given."""
+    return flag(None, help_text, resumable=resumable)
+
+
+@dataclasses.dataclass
+class DeviceFlags:
+    """Flags of everything that runs a model."""
+
+    device: str | None = optional_flag("cuda, cuda:1, mps or cpu; if not given: the best there is", True)
+    dtype: str = flag(
+        "auto", "precision of the forward pass; auto is bfloat16 where the hardware has it", DTYPES
     )
+
+
+def check_seed(seed: int) -> None:
+    """ValueError for a --seed that torch does not take."""
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"--seed must be from 0 to 2**64 - 1, found {seed}")
 
 
 def parse_flags(flags: type[Flags], description: str) -> Flags:
@@ -82,11 +99,14 @@ def parse_flags(flags: type[Flags], description: str) -> Flags:
 
 
 def make_parser(flags: type, **settings: Any) -> argparse.ArgumentParser:
-    from transformers import HfArgumentParser
+    """transformers' parser for a dataclass of flags."""
+    from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
     class Parser(HfArgumentParser):
         def add_argument(self, *names: str, resumable: bool = False, **settings: Any) -> argparse.Action:
-            return super().add_argument(*names, **settings)  # argparse knows nothing of resuming
+            if settings.get("type") is string_to_bool:  # needs no value, also where its default is None
+                settings |= {"nargs": "?", "const": True}
+            return super().add_argument(*names, **settings)
 
     return Parser(flags, **settings)
 
@@ -105,7 +125,7 @@ def run_main(main: Callable[[], int | None]) -> None:
         finally:
             write_stdout("")
     except (UserError, DataError) as error:
-        if str(error):  # empty where another rank tells what happened, or nobody reads any more
+        if not isinstance(error, ToldElsewhere):
             print(f"error: {error}", file=sys.stderr)
         code = getattr(error, "exit_code", 1)
     except KeyboardInterrupt:
@@ -114,12 +134,13 @@ def run_main(main: Callable[[], int | None]) -> None:
 
 
 def write_stdout(text: str) -> None:
-    """UserError where stdout, or what is buffered for it, cannot be written; without a message where its
-    reader has gone, as `head` does."""
+    """UserError where stdout, or what is buffered for it, cannot be written; ToldElsewhere where its reader
+    has gone, as `head` does."""
     try:
         print(text, end="", flush=True)
     except OSError as error:
         unread = os.open(os.devnull, os.O_WRONLY)
         os.dup2(unread, sys.stdout.fileno())  # the interpreter flushes once more, and would raise again
-        told = "" if isinstance(error, BrokenPipeError) else f"cannot write to stdout: {error.strerror}"
-        raise UserError(told) from None
+        if isinstance(error, BrokenPipeError):
+            raise ToldElsewhere from None
+        raise UserError(f"cannot write to stdout: {error.strerror}") from None

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from common.cli import UserError
+from common.cli import ToldElsewhere, UserError
 
 STOP_SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 SAVE_SIGNAL = signal.SIGUSR1  # what schedulers send some time before they end a job
@@ -87,7 +87,7 @@ class Runtime:
 
     def _agree(self, failed: bool) -> None:
         if self.sum(failed)[0] and not failed:
-            raise UserError("")  # the rank that failed says why
+            raise ToldElsewhere
 
     def catch_signals(self) -> None:
         """The first SIGINT or SIGTERM is noted, so that the step ends and the state is saved; a second one

@@ -58,10 +58,17 @@ def load_vlm(
     For a `.pth` these come from its sidecar unless given. UserError if something is missing or does not fit.
     """
     path = find_weight(weight)
-    if path.is_dir():
-        if vision_model_path or tokenizer_path:
-            raise UserError(f"{path} brings its own: --vision_model_path and --tokenizer_path are for a .pth")
-        return load_export(path)
+    if not path.is_dir():
+        return load_pth(path, vision_model_path, tokenizer_path)[:2]
+    if vision_model_path or tokenizer_path:
+        raise UserError(f"{path} brings its own: --vision_model_path and --tokenizer_path are for a .pth")
+    return load_export(path)
+
+
+def load_pth(
+    path: Path, vision_model_path: str | None = None, tokenizer_path: str | None = None
+) -> tuple[MiniMindVLM, MiniMindVLMProcessor, Sidecar]:
+    """As `load_vlm`, for a `.pth` alone, and its sidecar."""
     state, sidecar = load_weights_file(path)
     trained = {part: sidecar.get(part) or {} for part in ("tokenizer", "encoder")}
     tokenizer = load_tokenizer(tokenizer_path or trained["tokenizer"].get("path") or DEFAULT_TOKENIZER)
@@ -72,7 +79,7 @@ def load_vlm(
     )
     with user_errors(str(path)):
         load_weights(model, state)
-    return model.eval(), processor
+    return model.eval(), processor, sidecar
 
 
 def find_weight(weight: str) -> Path:

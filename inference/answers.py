@@ -126,10 +126,11 @@ def greedy_answers(
     questions: Sequence[Question],
     batch_size: int,
     blank: bool = False,
-) -> Iterator[tuple[int, str]]:
-    """`(index, answer)` of every question, batch by batch, in an order of its own.
+) -> Iterator[tuple[int, tuple[str, int]]]:
+    """`(index, (answer, tokens))` of every question, batch by batch, in an order of its own.
 
-    An answer is cut SPARE_TOKENS after the expected one's length. It does not depend on `batch_size`.
+    An answer is cut SPARE_TOKENS after the expected one's length. It does not depend on `batch_size`. Its
+    end is one of its `tokens`.
     """
     tokenizer = processor.tokenizer
     prompts = [encode_question(processor, question) for question in questions]
@@ -149,7 +150,10 @@ def greedy_answers(
             )  # (B, T + new)
             new = output[:, inputs["input_ids"].shape[1] :].tolist()
             for i, ids in zip(batch, new, strict=True):
-                yield i, tokenizer.decode(ids[: limits[i]], skip_special_tokens=True).strip()
+                ids = ids[: limits[i]]
+                if tokenizer.eos_token_id in ids:
+                    ids = ids[: ids.index(tokenizer.eos_token_id) + 1]
+                yield i, (tokenizer.decode(ids, skip_special_tokens=True).strip(), len(ids))
 
 
 def chunks(items: Sequence, size: int) -> Iterator[Sequence]:

@@ -121,9 +121,13 @@ def escape_markdown(text: str) -> str:
 def embedded_thumbnails(questions: Sequence[Question]) -> dict[str, str]:
     """Path of each picture -> its thumbnail as a data URI."""
     return {
-        image: f"data:image/jpeg;base64,{base64.b64encode(thumbnail(image, where)).decode()}"
+        image: data_uri(thumbnail(image, where), "image/jpeg")
         for image, where in pictures_of(questions).items()
     }
+
+
+def data_uri(content: bytes, mime_type: str) -> str:
+    return f"data:{mime_type};base64,{base64.b64encode(content).decode()}"
 
 
 def saved_thumbnails(questions: Sequence[Question], path: Path) -> dict[str, Markup]:

@@ -166,19 +166,23 @@ class MiniMindVLM(MiniMindForCausalLM):
         image_features: torch.Tensor | None = None,
         image_counts: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
+        first_image: torch.LongTensor | None = None,
         **args,
     ) -> MiniMindOutput:
         """As the language model's forward, with images.
 
         `pixel_values` is (B, I, 3, H, W), or (B, 3, H, W) for one image a row, or (B, I, 1, 3, H, W);
         `image_counts` (B,) int64 says how many of a row's slots are real (absent: all); `image_features`
-        (B, I, P, W) replaces `pixel_values` when features are computed already. Images are read only
-        where the cache is empty. Without images nothing is replaced. ValueError where runs of placeholders
-        and images disagree.
+        (B, I, P, W) replaces `pixel_values` when features are computed already; `first_image` (images,) has
+        for each real image, row after row, the number of the first equal one, so that each is encoded once.
+        Images are read only where the cache is empty. Without images nothing is replaced. ValueError where
+        runs of placeholders and images disagree.
         """
         images = image_features if image_features is not None else pixel_values
         if images is not None and (past_key_values is None or past_key_values.get_seq_length() == 0):
-            features, image_counts = self._real_features(pixel_values, image_features, image_counts)
+            features, image_counts = self._real_features(
+                pixel_values, image_features, image_counts, first_image
+            )
             embedded = self.model.embed(input_ids)
             args["inputs_embeds"] = self._insert_features(input_ids, embedded, features, image_counts)
         return super().forward(
@@ -212,6 +216,7 @@ class MiniMindVLM(MiniMindForCausalLM):
         pixel_values: torch.Tensor | None,
         image_features: torch.Tensor | None,
         image_counts: torch.LongTensor | None,
+        first_image: torch.LongTensor | None = None,
     ) -> tuple[torch.Tensor, torch.LongTensor]:
         """Encoder outputs of the real slots, row after row (images, P, W), and their number per row (B,)."""
         if image_features is not None:
@@ -234,7 +239,12 @@ class MiniMindVLM(MiniMindForCausalLM):
             )
         real = torch.arange(slots, device=images.device) < image_counts[:, None]  # (B, I)
         images = images[real]  # (images, ...)
-        return images if image_features is not None else self._encode(images), image_counts
+        if image_features is not None:
+            return images, image_counts
+        if first_image is None:
+            return self._encode(images), image_counts
+        first, picture = first_image.unique(return_inverse=True)  # (pictures,), (images,)
+        return self._encode(images[first])[picture], image_counts
 
     def _encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
         if self.vision_encoder is None:

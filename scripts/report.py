@@ -4,7 +4,6 @@ The page needs nothing else: pictures and curves are inside it. What a run lacks
 """
 
 import argparse
-import base64
 import io
 import json
 import mimetypes
@@ -23,11 +22,11 @@ from markupsafe import Markup
 from plot_metrics import draw_panel, import_figure, panels_of, read
 
 from common.cli import UserError, run_main, user_errors
-from common.setup import DEFAULT_ENCODER, DEFAULT_TOKENIZER, build_vlm, load_base
-from common.tokenizer import load_tokenizer
+from common.setup import DEFAULT_ENCODER, build_vlm, load_base, load_vlm
 from common.weights import Sidecar, weight_name, write_file
 from dataset.images import SHIPPED_PICTURES, open_image, pictures_in
 from inference.chat import Sampling, encode_picture, stream_answer
+from inference.picture_report import data_uri
 from model.model_vlm import MiniMindVLM
 from model.processing_vlm import MiniMindVLMProcessor
 
@@ -228,8 +227,7 @@ def sample_answers(run: Run) -> tuple[list[dict[str, Any]], str]:
         if not needed.is_file():
             return [], f"{needed.name} is not there."
     try:
-        model, processor = build(run)
-        load_base(model, run.weights, processor.tokenizer)
+        model, processor = load_vlm(str(run.weights))
         base = find_base(run)
         pictures = [open_image(str(path), path.name) for path in pictures_in(PICTURES)]
         features = [encode_picture(model, processor, picture) for picture in pictures]
@@ -237,7 +235,9 @@ def sample_answers(run: Run) -> tuple[list[dict[str, Any]], str]:
         before = [None] * len(after)
         if base is not None:
             torch.manual_seed(run.arguments.get("seed", 0))
-            model, _ = build(run)  # where the base has no projection, the answer is that of a fresh one
+            # Where the base has no projection, the answer is that of a fresh one.
+            encoder = (run.sidecar.get("encoder") or {}).get("path") or DEFAULT_ENCODER
+            model, _ = build_vlm(run.sidecar["config"], encoder, processor.tokenizer)
             load_base(model, base, processor.tokenizer)
             before = answers(model.eval(), processor, features)
     except UserError as error:
@@ -249,17 +249,14 @@ def sample_answers(run: Run) -> tuple[list[dict[str, Any]], str]:
         missing = f"{start}, so only the answers after it."
     shown = zip(pictures_in(PICTURES), before, after, strict=True)
     return [
-        {"name": path.stem.replace("_", " "), "uri": data_uri(path), "before": first, "after": second}
+        {
+            "name": path.stem.replace("_", " "),
+            "uri": data_uri(path.read_bytes(), mimetypes.guess_type(path)[0]),
+            "before": first,
+            "after": second,
+        }
         for path, first, second in shown
     ], missing
-
-
-def build(run: Run) -> tuple[MiniMindVLM, MiniMindVLMProcessor]:
-    trained = {part: run.sidecar.get(part) or {} for part in ("tokenizer", "encoder")}
-    tokenizer = load_tokenizer(trained["tokenizer"].get("path") or DEFAULT_TOKENIZER)
-    encoder = trained["encoder"].get("path") or DEFAULT_ENCODER
-    model, processor = build_vlm(run.sidecar["config"], encoder, tokenizer)
-    return model.eval(), processor
 
 
 def find_base(run: Run) -> Path | None:
@@ -279,10 +276,6 @@ def answers(model: MiniMindVLM, processor: MiniMindVLMProcessor, features: list[
     return [
         "".join(stream_answer(model, processor, asked, [picture], ANSWER)).strip() for picture in features
     ]
-
-
-def data_uri(path: Path) -> str:
-    return f"data:{mimetypes.guess_type(path)[0]};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 def score_table(run: Run) -> tuple[dict[str, Any], list[str]]:

@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from common.cli import DTYPES, flag, optional_flag
+from common.cli import DeviceFlags, check_seed, flag, optional_flag
 from common.setup import DEFAULT_ENCODER, DEFAULT_TOKENIZER
 
 TRAINABLE = ("proj", "proj_last", "proj_attn", "proj_llm")
@@ -23,11 +23,11 @@ POSITIVE = (
 SIZE_FLAGS = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads use_moe".split()
 FOLLOWS = "; if not given: the base's, {} without a base"
 MAX_POSITIONS = 32768  # of MiniMindConfig
-NOT_NEGATIVE = ("num_workers", "warmup_iters", "grad_clip", "seed", "max_bad_steps")
+NOT_NEGATIVE = ("num_workers", "warmup_iters", "grad_clip", "max_bad_steps")
 
 
 @dataclass
-class TrainingFlags:
+class TrainingFlags(DeviceFlags):
     """Flags of every stage. ValueError names a flag whose value makes no sense."""
 
     data_path: list[str] = flag(
@@ -37,12 +37,11 @@ class TrainingFlags:
     epochs: int = flag(1, "passes over the data")
     batch_size: int = flag(16, "rows of one micro-batch on one rank", resumable=True)
     tokens_per_batch: int | None = optional_flag(
-        "tokens of one micro-batch on one rank, padding included: as many rows as fit, whatever --batch_size "
-        "says"
+        "tokens of one micro-batch on one rank, padding included: as many rows as fit, not --batch_size"
     )
     pack: bool = flag(
         False,
-        "put several rows of a micro-batch into one sequence of --max_seq_len tokens at most, if cheaper",
+        "put several rows into one sequence of --max_seq_len tokens, if cheaper",
         resumable=True,
     )
     accumulation_steps: int = flag(1, "micro-batches for one optimizer step", resumable=True)
@@ -58,30 +57,18 @@ class TrainingFlags:
     num_hidden_layers: int | None = optional_flag("layers of the language model" + FOLLOWS.format(8))
     num_attention_heads: int | None = optional_flag("query heads" + FOLLOWS.format(8))
     num_key_value_heads: int | None = optional_flag("key and value heads" + FOLLOWS.format(2))
-    use_moe: bool | None = optional_flag("mixture-of-experts layers" + FOLLOWS.format(False), switch=True)
+    use_moe: bool | None = optional_flag("mixture-of-experts layers" + FOLLOWS.format(False))
     tokenizer_path: str | None = optional_flag("folder of the tokenizer" + FOLLOWS.format(DEFAULT_TOKENIZER))
-    device: str | None = optional_flag(
-        "cuda, cuda:1, mps or cpu; if not given: the best there is", resumable=True
-    )
-    dtype: str = flag(
-        "auto", "precision of the forward pass; auto is bfloat16 where the hardware has it", DTYPES
-    )
     compile: bool = flag(False, "compile the model with torch.compile", resumable=True)
     activation_checkpointing: bool = flag(
-        False,
-        "recompute each layer's activations in the backward pass: less memory, about a third slower",
-        resumable=True,
+        False, "recompute activations in the backward pass: less memory, a third slower", resumable=True
     )
     num_workers: int = flag(
-        min(8, os.cpu_count() or 1),
-        "processes that prepare batches; 0: none besides this one",
-        resumable=True,
+        min(8, os.cpu_count() or 1), "processes that prepare batches; 0: none besides this", resumable=True
     )
     seed: int = flag(1337, "seed of initial weights, order and dropout")
     log_interval: int = flag(100, "optimizer steps between two lines of metrics.jsonl", resumable=True)
-    save_interval: int = flag(
-        1000, "optimizer steps between two saves of weights and training state", resumable=True
-    )
+    save_interval: int = flag(1000, "optimizer steps between two saves of weights and state", resumable=True)
     keep_checkpoints: int = flag(2, "how many of the newest training states stay on the disk", resumable=True)
     resume: str = flag(
         "auto",
@@ -89,18 +76,13 @@ class TrainingFlags:
         resumable=True,
     )
     resume_override: bool = flag(
-        False,
-        "go on even though flags that decide what is learnt have changed since the checkpoint",
-        resumable=True,
+        False, "go on even though flags that decide what is learnt have changed", resumable=True
     )
     eval_data_path: list[str] = flag([], "rows to measure the loss on while training", resumable=True)
-    eval_interval: int = flag(
-        1000, "optimizer steps between two measurements on --eval_data_path", resumable=True
-    )
+    eval_interval: int = flag(1000, "optimizer steps between two such measurements", resumable=True)
     on_bad_sample: str = flag(
         "skip",
-        "a row that turns out not to be usable while training, such as a broken picture, is skipped, counted "
-        "and listed, or ends the run",
+        "a row that is not usable, such as one with a broken picture, is skipped and listed, or ends the run",
         ON_BAD_SAMPLE,
         resumable=True,
     )
@@ -110,14 +92,9 @@ class TrainingFlags:
     loss_spike: float | None = optional_flag(
         "skip a step whose loss is above this many times the running mean of the loss", resumable=True
     )
-    timeout_seconds: float = flag(
-        1800.0, "how long a rank waits for the others before it gives up", resumable=True
-    )
+    timeout_seconds: float = flag(1800.0, "how long a rank waits for the others", resumable=True)
     tracker: str | None = flag(
-        None,
-        "where to send the metrics as well, by the package of that name; if not given: none",
-        TRACKERS,
-        resumable=True,
+        None, "where to send the metrics as well, by the package of that name", TRACKERS, resumable=True
     )
     use_wandb: bool = flag(False, "old name of --tracker wandb", resumable=True)
     wandb_project: str = flag("MiniMind-V", "project name for the tracker, whichever it is", resumable=True)
@@ -130,8 +107,7 @@ class TrainingFlags:
         for name in NOT_NEGATIVE:
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{name} must not be negative, found {getattr(self, name)}")
-        if self.seed >= 2**64:  # torch takes no larger ones
-            raise ValueError(f"--seed must be below 2**64, found {self.seed}")
+        check_seed(self.seed)
         if self.max_seq_len > MAX_POSITIONS:
             raise ValueError(f"--max_seq_len must be at most {MAX_POSITIONS}, found {self.max_seq_len}")
         width, heads, key_heads = self.hidden_size, self.num_attention_heads, self.num_key_value_heads

@@ -17,13 +17,12 @@ from common.cli import user_errors
 from common.distributed import Runtime, autocast, resolve_dtype
 from common.weights import cpu_copy
 from model.model_vlm import load_weights, without_encoder
-from model.processing_vlm import image_slots
 from trainer.arguments import TrainingFlags
 from trainer.state import Progress, generator_states, set_generator_states
 
 log = logging.getLogger(__name__)
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "labels")
-MODEL_INPUTS += ("pixel_values", "image_features", "image_counts")
+MODEL_INPUTS += ("pixel_values", "image_features", "image_counts", "first_image")
 SPIKE_MEMORY = 0.98  # of the running mean that --loss_spike compares with
 
 
@@ -112,7 +111,7 @@ def backward(
     sums: dict[str, Any] = {"loss": 0.0, "aux_loss": 0.0}
     tokens = max(totals["supervised_tokens"], 1)
     for number, batch in enumerate(micro_batches, start=1):
-        inputs = model_inputs(forward, batch, runtime.device)
+        inputs = model_inputs(batch, runtime.device)
         last = number == len(micro_batches)
         with contextlib.nullcontext() if last or runtime.world_size == 1 else forward.no_sync():
             with autocast:
@@ -129,17 +128,9 @@ def backward(
     return sums | {"skipped": [message for batch in micro_batches for message in batch["skipped"]]}
 
 
-def model_inputs(model: torch.nn.Module, batch: dict, device: torch.device) -> dict[str, torch.Tensor]:
-    """The batch's tensors for `forward`. Where rows share pictures, each is encoded here, once."""
-    inputs = {k: batch[k].to(device, non_blocking=True) for k in MODEL_INPUTS if k in batch}
-    if "first_image" in batch:
-        counts, pixel_values = batch["image_counts"], inputs.pop("pixel_values")
-        images = pixel_values[torch.arange(pixel_values.shape[1]) < counts[:, None]]  # (images, 3, H, W)
-        first, picture = (numbers.to(device) for numbers in batch["first_image"].unique(return_inverse=True))
-        model = getattr(model, "module", model)  # out of DDP
-        features = model.get_image_embeddings(images[first], model.vision_encoder)  # (pictures, P, W)
-        inputs["image_features"] = image_slots(features[picture], counts)
-    return inputs
+def model_inputs(batch: dict, device: torch.device) -> dict[str, torch.Tensor]:
+    """The batch's tensors for `forward`."""
+    return {name: batch[name].to(device, non_blocking=True) for name in MODEL_INPUTS if name in batch}
 
 
 def untouched(model: torch.nn.Module) -> torch.Tensor | float:

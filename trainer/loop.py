@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from common.cli import UserError
+from common.cli import ToldElsewhere, UserError
 from common.distributed import Runtime, autocast
 from dataset.errors import DataError
 from dataset.vlm_dataset import VLMDataset
@@ -88,19 +88,19 @@ def train(
             with metrics.paused():
                 try:
                     stop_code = stop_code or (0 if hopeless else evaluate_if_due())
-                except DataError:
+                except (DataError, ToldElsewhere):
                     save()
                     raise
                 due = totals["save"] or (progress.step % flags.save_interval == 0 and not done)
                 if stop_code or hopeless or due:
                     save()
+            if hopeless and not runtime.is_main:
+                raise ToldElsewhere
             if hopeless:
                 raise UserError(
                     f"{progress.bad_in_a_row} steps in a row were bad, the last for its {sums['bad']}; "
                     f"--max_bad_steps is {flags.max_bad_steps}. Their rows are in {metrics.bad_batches}, the "
-                    f"weights from before them are saved"
-                    if runtime.is_main
-                    else ""
+                    "weights from before them are saved"
                 )
             if stop_code:
                 return stop_code
@@ -116,7 +116,7 @@ def train(
 
 def count(micro_batches: list[dict] | Exception, runtime: Runtime) -> dict[str, int]:
     """Totals of the step over all ranks, and what signals ask for. Where one rank has an error instead of
-    batches, it is raised there, and a DataError without text on the others."""
+    batches, it is raised there, and ToldElsewhere on the others."""
     bad = isinstance(micro_batches, Exception)
     batches = [] if bad else micro_batches
     # Read once: a signal may come at any moment. They may reach ranks at different steps: all ranks act at
@@ -128,7 +128,7 @@ def count(micro_batches: list[dict] | Exception, runtime: Runtime) -> dict[str, 
     if bad:
         raise micro_batches
     if failed:
-        raise DataError("")  # the rank that has it tells
+        raise ToldElsewhere
     stop_code = 143 if terminations else 130 if interrupts else 0
     return {"supervised_tokens": tokens, "rows": rows, "save": saves, "stop_code": own_code or stop_code}
 
@@ -146,7 +146,7 @@ def evaluate(
         if stop_code := count(micro_batches, runtime)["stop_code"]:
             break
         for batch in micro_batches:
-            inputs = model_inputs(model, batch, runtime.device)
+            inputs = model_inputs(batch, runtime.device)
             with autocast(flags.dtype, runtime.device):
                 loss += float(model(**inputs, num_items_in_batch=1, skip_logits=True).loss)
             tokens += batch["supervised_tokens"]

@@ -3,6 +3,7 @@ has one. The libraries are optional and imported when asked for; their files go 
 """
 
 import dataclasses
+import importlib
 import logging
 import os
 import signal
@@ -59,7 +60,8 @@ def open_tracker(
         with user_errors(f"--out_dir: cannot write {run_dir}"):
             run_dir.mkdir(parents=True, exist_ok=True)
         try:
-            log_figures, finish = OPENERS[flags.tracker](flags, name, run_dir.resolve(), run_id, resumed_step)
+            opener = open_tensorboard if flags.tracker == "tensorboard" else open_online
+            log_figures, finish = opener(flags, name, run_dir.resolve(), run_id, resumed_step)
         except Exception as error:
             if isinstance(error, ModuleNotFoundError) and error.name == flags.tracker:
                 message = f"--tracker {flags.tracker} needs the package {flags.tracker}"
@@ -92,59 +94,19 @@ def open_tensorboard(
     return log_figures, writer.close
 
 
-def open_wandb(
+def open_online(
     flags: TrainingFlags, name: str, run_dir: Path, run_id: str, resumed_step: int
 ) -> tuple[Log, Callable[[], None]]:
-    import wandb
-
-    run = wandb.init(
-        project=flags.wandb_project,
-        name=name,
-        config=dataclasses.asdict(flags),
-        dir=run_dir,
-        id=run_id,
-        resume="allow",
-    )
-    return run.log, run.finish
-
-
-def open_swanlab(
-    flags: TrainingFlags, name: str, run_dir: Path, run_id: str, resumed_step: int
-) -> tuple[Log, Callable[[], None]]:
-    import swanlab
-
-    handler = signal.getsignal(signal.SIGINT)
-    run = swanlab.init(
-        project=flags.wandb_project,
-        name=name,
-        config=dataclasses.asdict(flags),
-        log_dir=str(run_dir / "swanlab"),
-        id=run_id,
-        resume="allow",
-    )
-    signal.signal(signal.SIGINT, handler)  # its own would end the tracker before the last step is logged
-    return run.log, run.finish
-
-
-def open_trackio(
-    flags: TrainingFlags, name: str, run_dir: Path, run_id: str, resumed_step: int
-) -> tuple[Log, Callable[[], None]]:
-    """Trackio knows runs by their names alone, so that the name has to be this run's own."""
+    """Weights & Biases, SwanLab and Trackio are called alike, but for a few words of their own."""
     os.environ.setdefault("TRACKIO_DIR", str(run_dir / "trackio"))  # read on import
-    import trackio
-
-    run = trackio.init(
-        project=flags.wandb_project,
-        name=f"{name}-{run_id}",
-        config=dataclasses.asdict(flags),
-        resume="allow",
-    )
-    return run.log, trackio.finish
-
-
-OPENERS = {
-    "tensorboard": open_tensorboard,
-    "wandb": open_wandb,
-    "swanlab": open_swanlab,
-    "trackio": open_trackio,
-}
+    own = {
+        "wandb": {"name": name, "id": run_id, "dir": run_dir},
+        "swanlab": {"name": name, "id": run_id, "log_dir": str(run_dir / "swanlab")},
+        "trackio": {"name": f"{name}-{run_id}"},  # it knows runs by their names alone
+    }[flags.tracker]
+    tracker = importlib.import_module(flags.tracker)
+    handler = signal.getsignal(signal.SIGINT)
+    config = dataclasses.asdict(flags)
+    run = tracker.init(project=flags.wandb_project, config=config, resume="allow", **own)
+    signal.signal(signal.SIGINT, handler)  # SwanLab's own would end it before the last step is logged
+    return run.log, tracker.finish

@@ -50,31 +50,33 @@ def score_model(
     """Asks all questions, about grey pictures instead with `blank_images`, and then once more about grey ones
     as the `baseline`."""
     start = time.perf_counter()
-    answers = answer_all(speaker, questions, batch_size, blank_images)
+    answers, tokens = answer_all(speaker, questions, batch_size, blank_images)
     seconds = time.perf_counter() - start
-    ids = speaker.processor.tokenizer(answers, add_special_tokens=False)["input_ids"]
-    tokens = len(answers) + sum(map(len, ids))  # each with its end
     speed = (
         f"{len(questions)} questions in {seconds:.1f} s "
         f"({len(questions) / seconds:.1f} questions/s, {tokens / seconds:.1f} tokens/s)"
     )
     blank = None
     if baseline and not blank_images:
-        blank = score(questions, answer_all(speaker, questions, batch_size, blank=True))
+        blank = score(questions, answer_all(speaker, questions, batch_size, blank=True)[0])
         del blank["questions"], blank["majority"]
     columns = answer_columns(answers, [question.expected for question in questions])
     return Scored(speaker.name, score(questions, answers), columns, blank, speed)
 
 
-def answer_all(speaker: Speaker, questions: Sequence[Question], batch_size: int, blank: bool) -> list[str]:
-    answers = [""] * len(questions)
+def answer_all(
+    speaker: Speaker, questions: Sequence[Question], batch_size: int, blank: bool
+) -> tuple[list[str], int]:
+    """The answers, and how many tokens they have in all."""
+    answers, total = [""] * len(questions), 0
     answered = greedy_answers(speaker.model, speaker.processor, questions, batch_size, blank)
     shown = "blank pictures" if blank else None
     with tqdm(total=len(questions), desc=shown, unit=" questions", smoothing=0) as bar:
-        for index, answer in answered:
+        for index, (answer, tokens) in answered:
             answers[index] = answer
+            total += tokens
             bar.update()
-    return answers
+    return answers, total
 
 
 @dataclass

@@ -159,9 +159,10 @@ class TerminalChat:
 
     def stream(self, speaker: Speaker, messages: list, features: list, sampling: Sampling) -> str:
         """What was said, to the end or until Ctrl-C."""
-        said = ""
+        said, new_ids = "", []
         start = time.perf_counter()
-        pieces = stream_answer(speaker.model, speaker.processor, messages, features, sampling, self.dtype)
+        parts = speaker.model, speaker.processor, messages, features
+        pieces = stream_answer(*parts, sampling, self.dtype, new_ids)
         try:
             for piece in pieces:
                 said += piece
@@ -172,8 +173,7 @@ class TerminalChat:
         finally:
             pieces.close()
         seconds = time.perf_counter() - start
-        tokens = len(speaker.processor.tokenizer.encode(said, add_special_tokens=False))
-        log.info("%d tokens in %.2f s (%.1f tokens/s)", tokens, seconds, tokens / seconds)
+        log.info("%d tokens in %.2f s (%.1f tokens/s)", len(new_ids), seconds, len(new_ids) / seconds)
         return said
 
     def messages(self, number: int, question: str) -> list[dict[str, str]]:

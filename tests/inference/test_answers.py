@@ -9,7 +9,7 @@ from PIL import Image
 from common.setup import special_ids
 from dataset.errors import DataError
 from dataset.rows import FEATURES, normalise_row
-from inference.answers import encode_pictures, greedy_answers, questions_of
+from inference.answers import SPARE_TOKENS, encode_pictures, greedy_answers, questions_of
 from inference.scoring.accuracy import score
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.processing_vlm import MiniMindVLMProcessor
@@ -117,8 +117,9 @@ def test_an_answer_is_what_the_model_itself_continues_with(random_model, data):
     with Image.open(data / "images/1.png") as picture:
         inputs = processor.batch([processor.encode_prompt(conversation[:1], 1)], [[picture]])
     ids = model.generate(**inputs, do_sample=False, max_new_tokens=5)[0, inputs["input_ids"].shape[1] :]
-    answer = dict(greedy_answers(model, processor, [asked], batch_size=4))[0]
+    answer, tokens = dict(greedy_answers(model, processor, [asked], batch_size=4))[0]
     assert answer.startswith(processor.tokenizer.decode(ids, skip_special_tokens=True).strip())
+    assert tokens == len(processor.tokenizer.encode("A cat.", add_special_tokens=False)) + SPARE_TOKENS
 
 
 def test_a_picture_is_encoded_once(random_model, data, monkeypatch):

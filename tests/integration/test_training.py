@@ -200,7 +200,7 @@ def test_help_explains_every_flag_with_its_default(run):
         (["--cache_dtype", "int4"], "invalid choice: 'int4'"),
         (["--unknown", 1], "--unknown"),
         (["--learning_rate", "nan"], "--learning_rate must be above 0, found nan"),
-        (["--seed", 2**64], f"--seed must be below 2**64, found {2**64}"),
+        (["--seed", 2**64], f"--seed must be from 0 to 2**64 - 1, found {2**64}"),
     ],
 )
 def test_wrong_usage_ends_with_two(run, flags, message):
