@@ -20,12 +20,21 @@ from common.cli import (
     user_errors,
 )
 from common.distributed import Runtime, autocast, resolve_dtype, runtime
-from common.setup import DEMO_FOLDER, PUBLISHED_NAME, default_weight, load_vlm
+from common.setup import load_vlm
 from common.weights import write_json
 from dataset.images import PICTURE_SUFFIXES, SHIPPED_PICTURES, pictures_in
 from dataset.rows import load_rows
 from inference.answers import Question, check_pictures, pictures_of, questions_of
-from inference.ask import UNPRINTABLE, Answer, Speaker, TerminalStreamer, ask
+from inference.ask import (
+    DEMO_FOLDER,
+    PUBLISHED_NAME,
+    UNPRINTABLE,
+    Answer,
+    Speaker,
+    TerminalStreamer,
+    ask,
+    default_weight,
+)
 from inference.chat import Sampling
 
 log = logging.getLogger(__name__)

@@ -37,8 +37,7 @@ class UsageError(UserError):
 
 @contextlib.contextmanager
 def user_errors(what: str = "") -> Iterator[None]:
-    """Turns the errors by which libraries and the model package report bad files and values into
-    UserError."""
+    """Turns the errors by which libraries and the model report bad files and values into UserError."""
     try:
         yield
     except BrokenPipeError:  # not bad input, but a reader of stdout that has gone
@@ -82,8 +81,7 @@ def check_seed(seed: int) -> None:
 
 
 def parse_flags(flags: type[Flags], description: str) -> Flags:
-    """Fills the dataclass `flags` from the command line; its `__post_init__` may raise ValueError (exit code
-    2)."""
+    """Fills the dataclass `flags` from the command line; it may raise ValueError itself (exit code 2)."""
     parser = make_parser(flags, description=description, allow_abbrev=False)
     for item in dataclasses.fields(flags):  # the library does this only for flags that are on by default
         if item.default is False or item.type == bool | None:

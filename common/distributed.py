@@ -66,8 +66,7 @@ class Runtime:
 
     @contextlib.contextmanager
     def main_first(self):
-        """The main process does what is inside before the others, which then find its files; if it fails,
-        they end too."""
+        """The main process does what is inside first, the others find its files; if it fails, all end."""
         if self.is_main:
             with self.together():
                 yield
@@ -161,8 +160,7 @@ def _device(name: str | None) -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of autocast; float32 means none. `auto` takes bfloat16 where matrix products are fast in
-    it."""
+    """The dtype of autocast; float32: none. `auto` is bfloat16 where matrix products are fast in it."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
@@ -210,8 +208,7 @@ def explained(error: RuntimeError) -> UserError | None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Largest memory so far: the device's where it counts its own, otherwise this process's resident
-    memory."""
+    """Largest memory so far: the device's where it counts its own, otherwise this process's resident one."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource

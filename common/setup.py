@@ -11,7 +11,7 @@ from transformers import AutoImageProcessor, PreTrainedTokenizerBase
 
 from common.cli import UserError, user_errors
 from common.tokenizer import check_tokenizer, load_tokenizer
-from common.weights import SIZES, Sidecar, check_sizes, load_weights_file
+from common.weights import SIZES, Sidecar, check_sizes, load_weights_file, read_sidecar
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.model_vlm import MiniMindVLM, VLMConfig, load_weights
 from model.processing_vlm import PLACEHOLDER, MiniMindVLMProcessor
@@ -20,23 +20,18 @@ log = logging.getLogger(__name__)
 transformers.logging.disable_progress_bar()  # weights are there in a blink
 DEFAULT_TOKENIZER = "model/tokenizer"
 DEFAULT_ENCODER = "model/vision_model/clip-vit-base-patch16"
-PUBLISHED_NAME = Path("out/sft_vlm_512.pth")
-DEMO_FOLDER = Path("out/demo")
 
 
 def build_vlm(
     config: dict[str, Any], vision_model_path: str, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[MiniMindVLM, MiniMindVLMProcessor]:
-    """A model with fresh weights and the encoder of `vision_model_path`, and the processor that goes with
-    it."""
+    """A model with fresh weights and the encoder of `vision_model_path`, and its processor."""
     with user_errors():
-        placeholder = {
-            "image_ids": [tokenizer.convert_tokens_to_ids(PLACEHOLDER)]
-        }  # the encoder sets how many
-        model = MiniMindVLM(VLMConfig(**config | special_ids(tokenizer) | placeholder), vision_model_path)
-    return model, MiniMindVLMProcessor(
-        model.processor, tokenizer, tokens_per_image=len(model.config.image_ids)
-    )
+        image_ids = [tokenizer.convert_tokens_to_ids(PLACEHOLDER)]  # the encoder sets how many
+        parts = config | special_ids(tokenizer) | {"image_ids": image_ids}
+        model = MiniMindVLM(VLMConfig(**parts), vision_model_path)
+    tokens = len(model.config.image_ids)
+    return model, MiniMindVLMProcessor(model.processor, tokenizer, tokens_per_image=tokens)
 
 
 def build_lm(
@@ -72,8 +67,7 @@ def load_pth(
     state, sidecar = load_weights_file(path)
     trained = {part: sidecar.get(part) or {} for part in ("tokenizer", "encoder")}
     tokenizer = load_tokenizer(tokenizer_path or trained["tokenizer"].get("path") or DEFAULT_TOKENIZER)
-    if warning := check_tokenizer(sidecar, tokenizer, path, asked=tokenizer_path is not None):
-        log.warning("warning: %s", warning)
+    check_tokenizer(sidecar, tokenizer, path, asked=tokenizer_path is not None)
     model, processor = build_vlm(
         sidecar["config"], vision_model_path or trained["encoder"].get("path") or DEFAULT_ENCODER, tokenizer
     )
@@ -90,36 +84,27 @@ def find_weight(weight: str) -> Path:
     return named if is_name and named.is_file() else path
 
 
-def default_weight() -> str:
-    """The weights to take where none are named. UserError where there are none."""
-    demo = sorted(DEMO_FOLDER.glob("sft_vlm_*.pth"), key=lambda path: path.stat().st_mtime, reverse=True)
-    found = next((path for path in (PUBLISHED_NAME, *demo) if path.is_file()), None)
-    if found is None:
-        raise UserError(
-            f"no weights: neither {PUBLISHED_NAME} nor {DEMO_FOLDER}/sft_vlm_*.pth is there: train the demo "
-            "(bash scripts/quickstart.sh), get the published ones (python scripts/download.py clip vlm), "
-            "or give --weight"
-        )
-    return str(found)
-
-
 def load_export(folder: Path) -> tuple[MiniMindVLM, MiniMindVLMProcessor]:
     """An exported folder's model (fp32, eval mode) and processor, by our code: none of the folder's runs."""
     with user_errors(str(folder)):
         try:
             model, report = MiniMindVLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-        except (
-            RuntimeError,
-            SafetensorError,
-        ) as error:  # sizes that differ from the config's, a damaged file
+        except (RuntimeError, SafetensorError) as error:  # other sizes than the config's, a damaged file
             raise ValueError(str(error)) from error
         if missing := report["missing_keys"]:  # the library would go on with random weights
             raise ValueError(f"{len(missing)} weights are missing, {min(missing)} among them")
         image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
-    tokens = len(model.config.image_ids)
-    return model.eval(), MiniMindVLMProcessor(
-        image_processor, load_tokenizer(str(folder)), tokens_per_image=tokens
-    )
+    parts = image_processor, load_tokenizer(str(folder))
+    return model.eval(), MiniMindVLMProcessor(*parts, tokens_per_image=len(model.config.image_ids))
+
+
+def settings_of_base(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    """The config of the weights at `path`, and `tokenizer_path` and `vision_model_path`, None where these are
+    unknown. UserError where a size differs from the one that is `wanted`."""
+    sidecar = read_sidecar(path) or load_weights_file(path)[1]
+    check_sizes(sidecar, wanted, path)
+    flags = {"tokenizer_path": "tokenizer", "vision_model_path": "encoder"}
+    return sidecar["config"] | {flag: (sidecar.get(part) or {}).get("path") for flag, part in flags.items()}
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
@@ -129,10 +114,7 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 
 
 def load_base(
-    model: MiniMindForCausalLM,
-    path: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    tokenizer_asked: bool = False,
+    model: MiniMindForCausalLM, path: Path, tokenizer: PreTrainedTokenizerBase, tokenizer_asked: bool = False
 ) -> Sidecar:
     """Loads the `.pth` at `path` into `model`; a projection that the file lacks (an LM's) keeps its fresh
     weights.
@@ -140,8 +122,7 @@ def load_base(
     UserError where sizes or tokenizer do not agree. Returns the file's sidecar.
     """
     state, sidecar = load_weights_file(path)
-    if warning := check_tokenizer(sidecar, tokenizer, path, tokenizer_asked):
-        log.warning("warning: %s", warning)
+    check_tokenizer(sidecar, tokenizer, path, tokenizer_asked)
     check_sizes(sidecar, {name: getattr(model.config, name) for name in SIZES}, path)
     fresh = ()
     if isinstance(model, MiniMindVLM) and not any(key.startswith("vision_proj.") for key in state):

@@ -2,12 +2,15 @@
 
 import hashlib
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from common.cli import UserError, user_errors
+
+log = logging.getLogger(__name__)
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -27,17 +30,14 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def check_tokenizer(
     sidecar: dict[str, Any], tokenizer: PreTrainedTokenizerBase, path: Path, asked: bool = False
-) -> str:
-    """UserError if the weights at `path` were trained with another tokenizer. Where their sidecar does not
-    tell and no tokenizer was asked for, returns a warning, else an empty string."""
+) -> None:
+    """UserError if the weights at `path` were trained with another tokenizer; a warning where their sidecar
+    does not tell and no tokenizer was asked for."""
     trained = sidecar.get("tokenizer")
-    if not trained:
-        return (
-            "" if asked else f"{path} has no sidecar: its tokenizer cannot be checked, see --tokenizer_path"
-        )
-    if trained["fingerprint"] != tokenizer_fingerprint(tokenizer):
+    if not trained and not asked:
+        log.warning("warning: %s has no sidecar: its tokenizer cannot be checked, see --tokenizer_path", path)
+    if trained and trained["fingerprint"] != tokenizer_fingerprint(tokenizer):
         raise UserError(
             f"{path} was trained with another tokenizer ({trained['path']}) than {tokenizer.name_or_path}: "
             f"give --tokenizer_path"
         )
-    return ""

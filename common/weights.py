@@ -20,6 +20,7 @@ from dataset.files import write_atomically
 from model.model_vlm import without_encoder
 
 Sidecar = dict[str, Any]
+SIZES = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size use_moe".split()
 
 
 def weight_name(stage: str, hidden_size: int, use_moe: bool) -> str:
@@ -28,10 +29,8 @@ def weight_name(stage: str, hidden_size: int, use_moe: bool) -> str:
 
 
 def save_weights(path: Path, state: dict[str, torch.Tensor], sidecar: Sidecar) -> None:
-    """Writes a `half_state` to `path`, and its sidecar; each file is whole or as it was before. UserError if
-    that fails."""
-    # torch.save stores the stem of a path inside the archive; an open handle keeps equal weights equal in
-    # bytes.
+    """Writes a `half_state` and its sidecar, each whole or as it was before; UserError if that fails."""
+    # torch.save stores the stem of a path inside the archive: with a handle, equal weights are equal bytes.
     write_file(path, lambda file: torch.save(state, file))
     write_json(path.with_suffix(".json"), sidecar)
 
@@ -42,8 +41,7 @@ def half_state(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def cpu_copy(value: Any, dtype: torch.dtype | None = None) -> Any:
-    """A nested state dict whose tensors are copies on the CPU, in `dtype` if one is given; a tensor that
-    stands in it twice stays one."""
+    """A nested state dict with copies of its tensors on the CPU; one that stands in it twice stays one."""
     copies: dict[tuple, torch.Tensor] = {}
 
     def copy(part: Any) -> Any:
@@ -98,16 +96,6 @@ def describe(
             "datasets": datasets.__version__,
         },
     }
-
-
-SIZES = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "vocab_size",
-    "use_moe",
-)
 
 
 def load_weights_file(path: Path) -> tuple[dict[str, torch.Tensor], Sidecar]:

@@ -2,5 +2,4 @@
 
 
 class DataError(ValueError):
-    """A row, file or image is not usable. The message names the file and row, the value and what was
-    expected."""
+    """A row, file or image is not usable. The message names file, row, value and what was expected."""

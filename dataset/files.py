@@ -9,8 +9,7 @@ from typing import BinaryIO
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Writes to a temporary file beside `path`, flushes it to the disk and renames it; OSError if that
-    fails."""
+    """Writes to a temporary file beside `path`, flushes it to the disk and renames it; or OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     temporary = Path(name)

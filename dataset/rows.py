@@ -142,19 +142,11 @@ def _turns(row: dict, where: str) -> tuple[list[str], list[str]]:
             )
         if not isinstance(content, str):
             raise DataError(f"{where}: turn {number}: 'content' must be text, found {content!r}")
-        if not _is_unicode(content):
+        if content.encode(errors="ignore").decode() != content:
             raise DataError(f"{where}: turn {number}: 'content' has half of a surrogate pair")
         roles.append(role)
         contents.append(content)
     return roles, contents
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _check_turns(roles: list[str], contents: list[str], images: int, where: str) -> None:

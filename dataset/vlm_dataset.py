@@ -59,10 +59,7 @@ class VLMDataset(Dataset):
         self.tokens = self.rows.map(
             _count_tokens,
             batched=True,
-            fn_kwargs={
-                "tokenizer": processor.tokenizer,
-                "system_tokens": _default_system_tokens(processor),
-            },
+            fn_kwargs={"tokenizer": processor.tokenizer, "system_tokens": _default_system_tokens(processor)},
             remove_columns=self.rows.column_names,
             desc="counting tokens",
         )  # kept in the cache of `datasets`, beside the rows

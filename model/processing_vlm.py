@@ -152,8 +152,7 @@ class MiniMindVLMProcessor(ProcessorMixin):
         return BatchFeature(data)
 
     def pixel_values(self, images: list) -> torch.Tensor:
-        """Preprocessed pictures (len(images), 3, H, W), fp32; a picture is a PIL image, an array, a path or a
-        URL."""
+        """Preprocessed (len(images), 3, H, W), fp32; a picture is a PIL image, an array, a path or a URL."""
         images = [load_image(image) if isinstance(image, str) else image for image in images]
         images = [image.convert("RGB") if hasattr(image, "convert") else image for image in images]
         return self.image_processor(images, return_tensors="pt")["pixel_values"]

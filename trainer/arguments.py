@@ -10,20 +10,16 @@ from typing import Any
 
 from common.cli import DeviceFlags, check_seed, flag, optional_flag
 from common.setup import DEFAULT_ENCODER, DEFAULT_TOKENIZER
+from common.weights import SIZES
 
 TRAINABLE = ("proj", "proj_last", "proj_attn", "proj_llm")
 CACHE_DTYPES = ("float16", "int8")
 ON_BAD_SAMPLE = ("skip", "error")
 TRACKERS = ("tensorboard", "wandb", "swanlab", "trackio", "none")
-POSITIVE = (
-    "epochs batch_size learning_rate accumulation_steps log_interval save_interval eval_interval "
-    "hidden_size num_hidden_layers num_attention_heads num_key_value_heads max_seq_len max_steps "
-    "tokens_per_batch keep_checkpoints timeout_seconds loss_spike"
-).split()
-SIZE_FLAGS = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads use_moe".split()
+SIZE_FLAGS = [name for name in SIZES if name != "vocab_size"]  # that is the tokenizer's to say
 FOLLOWS = "; if not given: the base's, {} without a base"
 MAX_POSITIONS = 32768  # of MiniMindConfig
-NOT_NEGATIVE = ("num_workers", "warmup_iters", "grad_clip", "max_bad_steps")
+MAY_BE_ZERO = ("num_workers", "warmup_iters", "grad_clip", "max_bad_steps", "seed")
 
 
 @dataclass
@@ -40,9 +36,7 @@ class TrainingFlags(DeviceFlags):
         "tokens of one micro-batch on one rank, padding included: as many rows as fit, not --batch_size"
     )
     pack: bool = flag(
-        False,
-        "put several rows into one sequence of --max_seq_len tokens, if cheaper",
-        resumable=True,
+        False, "put several rows into one sequence of --max_seq_len tokens, if cheaper", resumable=True
     )
     accumulation_steps: int = flag(1, "micro-batches for one optimizer step", resumable=True)
     learning_rate: float = flag(4e-4, "peak learning rate; a cosine brings it down to a tenth")
@@ -100,25 +94,15 @@ class TrainingFlags(DeviceFlags):
     wandb_project: str = flag("MiniMind-V", "project name for the tracker, whichever it is", resumable=True)
 
     def __post_init__(self) -> None:
-        for name in POSITIVE:
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"--{name} must be above 0, found {value}")
-        for name in NOT_NEGATIVE:
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"--{name} must not be negative, found {getattr(self, name)}")
+        for name, value in vars(self).items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                continue
+            if not 0 <= value < math.inf or (value == 0 and name not in MAY_BE_ZERO):
+                bound = "not be negative" if name in MAY_BE_ZERO else "be above 0"
+                raise ValueError(f"--{name} must {bound}, found {value}")
         check_seed(self.seed)
         if self.max_seq_len > MAX_POSITIONS:
             raise ValueError(f"--max_seq_len must be at most {MAX_POSITIONS}, found {self.max_seq_len}")
-        width, heads, key_heads = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
-        if width and heads and width % (2 * heads):  # RoPE turns pairs
-            raise ValueError(
-                f"--hidden_size {width} is not a multiple of twice --num_attention_heads {heads}"
-            )
-        if heads and key_heads and heads % key_heads:
-            raise ValueError(
-                f"--num_attention_heads {heads} is not a multiple of --num_key_value_heads {key_heads}"
-            )
         if not self.data_path:
             raise ValueError("--data_path is needed: the rows to train on")
         if self.tracker is None:

@@ -42,8 +42,7 @@ def planned_steps(sampler: StepSampler, flags: TrainingFlags) -> int:
 def step_loader(
     samples: VLMDataset, sampler: StepSampler, flags: TrainingFlags, runtime: Runtime
 ) -> Iterator:
-    """Fetches what is left of the sampler's epoch: each item is a step's list of micro-batches, or the
-    DataError that it met."""
+    """What is left of the sampler's epoch: each item is a step's micro-batches, or its DataError."""
     loader = DataLoader(
         StepDataset(
             samples,

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import logging
-import os
 import re
 import secrets
 from collections.abc import Callable
@@ -14,18 +13,9 @@ import torch
 
 from common.cli import UsageError, UserError, user_errors
 from common.distributed import Runtime, explained, runtime
-from common.setup import DEFAULT_ENCODER, DEFAULT_TOKENIZER, build_lm, build_vlm, load_base
+from common.setup import DEFAULT_ENCODER, DEFAULT_TOKENIZER, build_lm, build_vlm, load_base, settings_of_base
 from common.tokenizer import load_tokenizer
-from common.weights import (
-    check_sizes,
-    describe,
-    half_state,
-    load_weights_file,
-    read_sidecar,
-    save_weights,
-    weight_name,
-    write_json,
-)
+from common.weights import describe, half_state, save_weights, weight_name, write_json
 from dataset.feature_cache import encode_missing, open_feature_cache
 from dataset.vlm_dataset import VLMDataset
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
@@ -38,10 +28,8 @@ from trainer.state import (
     Checkpoint,
     Checkpoints,
     check_settings,
+    find_checkpoint,
     named_checkpoint,
-    newest_first,
-    newest_intact,
-    read_checkpoint,
     settings_of,
 )
 from trainer.trackers import open_tracker
@@ -197,18 +185,16 @@ def follow(flags: TrainingFlags, checkpoint: Checkpoint | None, base: Path | Non
     if checkpoint:
         found = checkpoint.about["settings"]
     elif base and base.is_file():
-        sidecar = read_sidecar(base) or load_weights_file(base)[1]
-        check_sizes(sidecar, flags.model_config(), base)
-        paths = {name: (sidecar.get(name) or {}).get("path") for name in ("tokenizer", "encoder")}
-        found = {"tokenizer_path": paths["tokenizer"], "vision_model_path": paths["encoder"]}
-        found |= sidecar["config"]
+        found = settings_of_base(base, flags.model_config())
     defaults = {name: getattr(MiniMindConfig(), name) for name in SIZE_FLAGS}
     defaults |= {"tokenizer_path": DEFAULT_TOKENIZER, "vision_model_path": DEFAULT_ENCODER}
     unset = {name for name, value in vars(flags).items() if value is None} & defaults.keys()
+    flags = dataclasses.replace(flags, **{name: found.get(name) or defaults[name] for name in unset})
     try:
-        return dataclasses.replace(flags, **{name: found.get(name) or defaults[name] for name in unset})
+        MiniMindConfig(**flags.model_config())
     except ValueError as error:
-        raise UsageError(str(error)) from None
+        raise UsageError(f"--{error}") from None
+    return flags
 
 
 def build_model(
@@ -229,35 +215,6 @@ def build_model(
         model.activation_checkpointing_enable()
         model.disable_input_require_grads()  # only re-entrant checkpoints need them; frozen layers do not
     return model, processor
-
-
-def find_checkpoint(resume: str, folder: Path, run: Runtime) -> Checkpoint | None:
-    """What --resume names; every rank gets the same one.
-
-    Ranks that torchrun has started again go on with what this run has done, whatever --resume says.
-    """
-    (restarts,) = run.sum(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))  # agents count differently
-    if resume == "never":
-        old = folder / ".resume-never"  # there as long as the folder is that of the run before
-        with run.together(), user_errors("--resume never"):
-            if run.is_main and not restarts and folder.exists():
-                old.touch()
-        (is_old,) = run.sum(run.is_main and old.exists())
-        if is_old or not restarts:
-            return None
-    if resume not in ("auto", "never") and not (restarts and newest_first(folder)):
-        checkpoint = read_checkpoint(Path(resume))
-        if checkpoint is None or not checkpoint.intact():
-            raise UserError(
-                f"--resume {resume}: not the folder of an intact checkpoint, such as {folder}/step-1000"
-            )
-        return checkpoint
-    step = -1.0
-    with run.together():
-        if run.is_main and (newest := newest_intact(folder)):
-            step = newest.about["step"]
-    (step,) = run.sum(step if run.is_main else 0)
-    return read_checkpoint(folder / f"step-{step:.0f}") if step >= 0 else None
 
 
 def open_samples(
@@ -297,13 +254,11 @@ def set_trainable(model: torch.nn.Module, trainable: str) -> None:
     `proj`: the projection; `proj_last`: and the last layer; `proj_attn`: and all q/k/v/o projections;
     `proj_llm`: and the whole language model.
     """
-    last = f"model.layers.{model.config.num_hidden_layers - 1}."
+    learns = {
+        "proj": r"vision_proj\.",
+        "proj_last": rf"vision_proj\.|model\.layers\.{model.config.num_hidden_layers - 1}\.",
+        "proj_attn": r"vision_proj\.|model\.layers\.\d+\.self_attn\.[qkvo]_proj\.",
+        "proj_llm": r"(?!vision_encoder\.)",
+    }[trainable]
     for name, parameter in model.named_parameters():
-        learns = name.startswith("vision_proj.")
-        if trainable == "proj_last":
-            learns |= name.startswith(last)
-        elif trainable == "proj_attn":
-            learns |= any(f".self_attn.{letter}_proj." in name for letter in "qkvo")
-        elif trainable == "proj_llm":
-            learns = True
-        parameter.requires_grad_(learns and not name.startswith("vision_encoder."))
+        parameter.requires_grad_(re.match(learns, name) is not None)

@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +19,8 @@ from typing import Any
 
 import torch
 
-from common.cli import UserError
+from common.cli import UserError, user_errors
+from common.distributed import Runtime
 from common.weights import write_file, write_json
 from dataset.files import flush_folder, sha256_of
 from dataset.vlm_dataset import VLMDataset
@@ -82,8 +84,7 @@ class Checkpoints:
             shutil.rmtree(unfinished, ignore_errors=True)
 
     def clear(self) -> None:
-        """Removes the checkpoints of a run that is started over, the newest last: killed in between, it can
-        still be gone on with."""
+        """Removes the checkpoints of a run that is started over, the newest last, should it be killed."""
         if self.thread is not None:
             for old in reversed(newest_first(self.folder)):
                 remove(old.folder)
@@ -193,11 +194,39 @@ def newest_intact(folder: Path) -> Checkpoint | None:
 
 
 def named_checkpoint(resume: str) -> Checkpoint | None:
-    """What --resume names, unchecked; if it has gone since, as when torchrun starts the ranks again, a newer
-    one of the same run."""
+    """What --resume names, unchecked; if it has gone since (torchrun starts ranks again), a newer one."""
     if resume in ("auto", "never"):
         return None
     return read_checkpoint(Path(resume)) or next(iter(newest_first(Path(resume).parent)), None)
+
+
+def find_checkpoint(resume: str, folder: Path, run: Runtime) -> Checkpoint | None:
+    """What --resume names; every rank gets the same one.
+
+    Ranks that torchrun has started again go on with what this run has done, whatever --resume says.
+    """
+    (restarts,) = run.sum(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))  # agents count differently
+    if resume == "never":
+        old = folder / ".resume-never"  # there as long as the folder is that of the run before
+        with run.together(), user_errors("--resume never"):
+            if run.is_main and not restarts and folder.exists():
+                old.touch()
+        (is_old,) = run.sum(run.is_main and old.exists())
+        if is_old or not restarts:
+            return None
+    if resume not in ("auto", "never") and not (restarts and newest_first(folder)):
+        checkpoint = read_checkpoint(Path(resume))
+        if checkpoint is None or not checkpoint.intact():
+            raise UserError(
+                f"--resume {resume}: not the folder of an intact checkpoint, such as {folder}/step-1000"
+            )
+        return checkpoint
+    step = -1.0
+    with run.together():
+        if run.is_main and (newest := newest_intact(folder)):
+            step = newest.about["step"]
+    (step,) = run.sum(step if run.is_main else 0)
+    return read_checkpoint(folder / f"step-{step:.0f}") if step >= 0 else None
 
 
 def read_checkpoint(folder: Path) -> Checkpoint | None:

@@ -20,13 +20,7 @@ from trainer.loop import evaluate
 
 
 def perplexity(
-    speaker: Speaker,
-    path: str,
-    images_path: str,
-    batch_size: int,
-    dtype: str,
-    run: Runtime,
-    baseline: bool,
+    speaker: Speaker, path: str, images_path: str, batch_size: int, dtype: str, run: Runtime, baseline: bool
 ) -> dict[str, Any]:
     """`perplexity` is exp(`loss`), `loss` the mean over `tokens` supervised tokens; with `baseline`, `blank`
     has the same for mid-grey pictures, None where the file has none.

@@ -19,13 +19,7 @@ from inference.scoring.text_metrics import METRICS, answer_columns, figures, int
 
 MEAN, ALL = "mean of kinds", "all questions"
 KIND_WIDTH = 16  # of a table; longer names are cut
-TITLES = {
-    "exact": "accuracy",
-    "contains": "contains",
-    "bleu": "BLEU",
-    "rouge_l": "ROUGE-L",
-    "cider": "CIDEr",
-}
+TITLES = {"exact": "accuracy", "contains": "contains", "bleu": "BLEU", "rouge_l": "ROUGE-L", "cider": "CIDEr"}
 
 
 @dataclass

@@ -53,10 +53,7 @@ def build_page(demo: Demo) -> gr.Blocks:
     say = I18N
     gr.set_static_paths(SHIPPED_PICTURES)  # copies of the examples would be deleted with old uploads
     with gr.Blocks(
-        title="MiniMind-V",
-        analytics_enabled=False,
-        fill_width=True,
-        delete_cache=(FILES_CHECKED, FILES_KEPT),
+        title="MiniMind-V", analytics_enabled=False, fill_width=True, delete_cache=(FILES_CHECKED, FILES_KEPT)
     ) as page:
         conversation = gr.State(Conversation())
         with gr.Row(equal_height=False):
@@ -135,11 +132,7 @@ def build_page(demo: Demo) -> gr.Blocks:
         question.stop(None, None, None, cancels=[typed, clicked])
         gr.on([new.click, chat.clear], demo.restart, picker, beside, cancels=[typed, clicked], **at_once)
         picker.input(
-            demo.switch,
-            [picker, conversation],
-            [picker, *beside],
-            api_visibility="private",
-            **model_event,
+            demo.switch, [picker, conversation], [picker, *beside], api_visibility="private", **model_event
         )
         look.click(demo.look, conversation, [attention, token], api_name="look", **model_event)
         token.input(demo.draw, [conversation, token], attention, **at_once)

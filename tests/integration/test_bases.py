@@ -87,7 +87,8 @@ def test_the_checkpoint_of_resume_decides_before_any_base(data, tmp_path, run, l
         ([], [], 1, "no lm_512.pth in"),
         (["lm_64"], ["--hidden_size", 128, "--use_moe"], 1, "no lm_128_moe.pth in"),
         ([], ["--from_weight", "gone.pth"], 1, "gone.pth: no such weights"),
-        ([], ["--from_weight", "none", "--hidden_size", 100], 2, "--hidden_size 100 is not a multiple of"),
+        (["lm_64"], ["--from_weight", "none", "--num_attention_heads", 3], 2, "--hidden_size 512 must be"),
+        ([], ["--from_weight", "none", "--hidden_size", 100], 2, "--hidden_size 100 must be a multiple of"),
     ],
 )
 def test_what_does_not_decide_is_told_in_one_line(data, tmp_path, run, files, flags, code, message):

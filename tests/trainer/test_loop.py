@@ -175,14 +175,9 @@ def test_all_steps_of_all_epochs_are_planned(budget):
         ({"max_steps": 0}, "--max_steps must be above 0"),
         ({"learning_rate": -1.0}, "--learning_rate must be above 0"),
         ({"num_workers": -1}, "--num_workers must not be negative"),
-        (
-            {"hidden_size": 100, "num_attention_heads": 8},
-            "--hidden_size 100 is not a multiple of twice --num_attention_heads 8",
-        ),
-        (
-            {"num_attention_heads": 8, "num_key_value_heads": 3},
-            "is not a multiple of --num_key_value_heads 3",
-        ),
+        ({"loss_spike": 0.0}, "--loss_spike must be above 0"),
+        ({"timeout_seconds": math.inf}, "--timeout_seconds must be above 0, found inf"),
+        ({"seed": 2**64}, "--seed must be from 0 to"),
         ({"data_path": []}, "--data_path is needed"),
     ],
 )
