@@ -1,276 +1,90 @@
 """Fetch the published encoder, weights and data set: `python scripts/download.py clip lm vlm dataset`.
 
-Sizes and free space are checked before the first byte. `huggingface_hub` fetches every file (HF_ENDPOINT,
-HF_TOKEN and its retries apply) into `<name>.<digest>.part`, which is checked against the hub's digest and
-renamed; an interrupted run therefore resumes, and what is already there is skipped.
+Sizes and free space are checked first, then `huggingface_hub` fetches and retries. HF_ENDPOINT names a mirror
+of the hub, HF_TOKEN a token for gated repositories. The next run skips files that are complete, and fetches
+one that was half fetched when it was interrupted again from its beginning.
 """
 
-import argparse
+import contextlib
 import fnmatch
-import glob
+import hashlib
 import json
+import os
 import re
 import shutil
 import stat
 import sys
 import tarfile
 import zipfile
-import zlib
-from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path, PureWindowsPath
+from typing import Any, NamedTuple
+
+os.environ["HF_HUB_DISABLE_XET"] = "1"  # read on import; the hub's Xet transport goes past HF_ENDPOINT
 
 import httpx2
-from huggingface_hub import HfApi, constants, hf_hub_url
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled
-from huggingface_hub.file_download import http_get
-from huggingface_hub.utils import build_hf_headers
-from huggingface_hub.utils.sha import git_hash
+from huggingface_hub import HfApi, constants, errors, hf_hub_download
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import UserError
+from common.cli import UserError, run_main, user_errors, write_stdout
 from dataset.files import sha256_of
 
-CLIP_REPO = "openai/clip-vit-base-patch16"
-WEIGHTS_REPO = "jingyaogong/MiniMind2-V-PyTorch"
-TOKENIZER_REPO = "jingyaogong/MiniMind2-V"
-DATASET_REPO = "jingyaogong/minimind-v_dataset"
-
-ARCHIVES = ["*.zip", "*.tar", "*.tar.gz", "*.tgz"]
+ARCHIVE = re.compile(r"\.(zip|tar|tar\.gz|tgz)$")
 MARKER = ".extracted.json"
-RESUME_HINT = "what was downloaded is kept, the same command resumes"
+readable = tqdm.format_sizeof  # without the unit: 3e15 is "3.00P"
 
 
-def main(arguments: argparse.Namespace) -> None:
-    items = [PLANS[name](arguments) for name in dict.fromkeys(arguments.names)]
-    for item in items:
-        print(item.summary(), flush=True)
-    check_free_space(items)
-    for item in items:
-        for file in item.files:
-            fetch(file)
-        item.finish()
+def main() -> None:
+    parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
+    names = "clip: vision part of CLIP-ViT-B/16; lm: base LM; vlm: trained VLMs; dataset: both stages"
+    parser.add_argument("names", nargs="+", choices=["clip", "lm", "vlm", "dataset"], help=names)
+    clip_dir = "model/vision_model/clip-vit-base-patch16"
+    parser.add_argument("--clip_dir", type=Path, default=clip_dir, help="folder for the encoder")
+    parser.add_argument("--out_dir", type=Path, default="out", help="folder for weights and their tokenizer")
+    parser.add_argument("--data_dir", type=Path, default="dataset", help="folder for the data set")
+    arguments = parser.parse_args()
+    items = {
+        "clip": clip(arguments.clip_dir),
+        "lm": weights(arguments.out_dir, "lm_512.pth llm_512.pth"),
+        "vlm": weights(arguments.out_dir, "*_vlm_512*.pth"),
+        "dataset": dataset(arguments.data_dir),
+    }
+    with user_errors(), hub_errors():
+        needed = {name: next(items[name], []) for name in dict.fromkeys(arguments.names)}
+        check_free_space([file for files in needed.values() for file in files])
+        for name, files in needed.items():
+            for file in files:
+                if not file.target.exists():  # the library would replace it
+                    hf_hub_download(**file.request)
+            next(items[name], None)
 
 
-@dataclass(frozen=True)
-class RemoteFile:
-    """One file of a hub repository and where it goes; `digest` is its sha256 (LFS) or its git blob id."""
+class HubFile(NamedTuple):
+    """A file of a hub repository; `digest` is its sha256 if it is in LFS, and its git blob id if not."""
 
-    repo_id: str
-    repo_type: str
-    commit: str
-    name: str
-    size: int
+    request: dict[str, Any]  # what the library needs to fetch it
+    target: Path
+    size: int  # bytes
     digest: str
-    target: Path
-    unpacked_size: int = 0  # bytes needed on top of the download, while both are on disk
-
-    @property
-    def part(self) -> Path:
-        return self.target.with_name(f"{self.target.name}.{self.digest[:12]}.part")
-
-    @property
-    def missing(self) -> int:
-        """Bytes still to download."""
-        if self.target.exists():
-            return 0
-        return self.size - (self.part.stat().st_size if self.part.exists() else 0)
 
 
-@dataclass
-class Item:
-    name: str
-    source: str
-    target: Path
-    files: list[RemoteFile] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
-    finish: Callable[[], None] = lambda: None
-
-    def summary(self) -> str:
-        missing = sum(file.missing for file in self.files)
-        here = sum(file.size for file in self.files) - missing
-        amount = readable(missing) if missing else "nothing"
-        line = f"{self.name}: {self.source} -> {self.target}: {amount} to download"
-        if here:
-            line += f", {readable(here)} already here"
-        return line + "".join(f", {note}" for note in self.skipped)
+# Each of the next three yields the files it needs, and goes on once they are there.
 
 
-def plan_clip(arguments: argparse.Namespace) -> Item:
-    folder = arguments.clip_dir
-    item = Item("clip", CLIP_REPO, folder)
-    weights = [folder / "model.safetensors", folder / "pytorch_model.bin"]
-    configs = [folder / "config.json", folder / "preprocessor_config.json"]
-    if all(path.exists() for path in configs) and any(path.exists() for path in weights):
-        item.skipped = ["already complete, skipped"]
-        return item
-
-    whole = folder.with_name(f"{folder.name}.part")
-    files = list_files(CLIP_REPO, whole, [path.name for path in configs], [path.name for path in weights])
-    found = {file.name: file for file in files}
-    model = found.get("model.safetensors") or found.get("pytorch_model.bin")
-    if model is None:
-        raise ValueError(f"{CLIP_REPO} at {constants.ENDPOINT} has no weights")
-    # The vision part is written beside the whole model, which is removed only then.
-    item.files = [found[path.name] for path in configs] + [replace(model, unpacked_size=model.size)]
-    item.finish = lambda: keep_vision_part(whole, folder, model)
-    return item
-
-
-def plan_lm(arguments: argparse.Namespace) -> Item:
-    return plan_weights("lm", ["lm_512.pth", "llm_512.pth"], arguments.out_dir)
-
-
-def plan_vlm(arguments: argparse.Namespace) -> Item:
-    return plan_weights("vlm", ["*_vlm_512*.pth"], arguments.out_dir)
-
-
-def plan_weights(name: str, patterns: list[str], out_dir: Path) -> Item:
-    tokenizer_dir = out_dir / "minimind2-tokenizer"
-    weights = list_files(WEIGHTS_REPO, out_dir, optional=patterns)
-    if not weights:
-        raise ValueError(f"{WEIGHTS_REPO} at {constants.ENDPOINT} has no {' or '.join(patterns)}")
-    tokenizer = list_files(
-        TOKENIZER_REPO,
-        tokenizer_dir,
-        ["tokenizer.json", "tokenizer_config.json"],
-        optional=["special_tokens_map.json", "chat_template.*"],
-    )
-
-    def finish() -> None:
-        from common.weights import describe_published_weights  # needs torch, which nothing above does
-
-        for file in weights:
-            sidecar = describe_published_weights(file.target, tokenizer_dir, file.name.split("_512")[0])
-            print(f"{name}: {file.target} ({readable(file.size)}), described by {sidecar}", flush=True)
-
-    return Item(
-        name, f"{WEIGHTS_REPO}, tokenizer of {TOKENIZER_REPO}", out_dir, weights + tokenizer, finish=finish
-    )
-
-
-def plan_dataset(arguments: argparse.Namespace) -> Item:
-    folder = arguments.data_dir
-    item = Item("dataset", DATASET_REPO, folder)
-    tables = list_files(DATASET_REPO, folder, optional=["*.jsonl", "*.parquet"], repo_type="dataset")
-    archives = list_files(DATASET_REPO, folder, optional=ARCHIVES, repo_type="dataset")
-    if not tables + archives:
-        raise ValueError(f"{DATASET_REPO} at {constants.ENDPOINT} has no .jsonl, .parquet, .zip or .tar file")
-
-    to_unpack = []
-    for archive in archives:
-        state = unpacked_state(archive)
-        if state is None:
-            to_unpack.append(replace(archive, unpacked_size=archive.size))
-        else:
-            item.skipped.append(f"{unpacked_folder(archive.target)} {state}, skipped")
-    item.files = tables + to_unpack
-
-    def finish() -> None:
-        for archive in to_unpack:
-            unpack(archive)
-
-    item.finish = finish
-    return item
-
-
-PLANS = {"clip": plan_clip, "lm": plan_lm, "vlm": plan_vlm, "dataset": plan_dataset}
-
-
-def list_files(
-    repo_id: str,
-    folder: Path,
-    patterns: Sequence[str] = (),
-    optional: Sequence[str] = (),
-    repo_type: str = "model",
-) -> list[RemoteFile]:
-    """Files in the root of a repository, to go to `folder`; each of `patterns` must match at least one."""
-    info = HfApi().repo_info(
-        repo_id, repo_type=repo_type, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT, files_metadata=True
-    )
-    files = []
-    for sibling in info.siblings:
-        name = sibling.rfilename
-        # Names with a folder are none of ours, which also keeps a hostile `../name` out.
-        if PureWindowsPath(name).name != name or not matches_any(name, [*patterns, *optional]):
-            continue
-        digest = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
-        if sibling.size is None or not digest:
-            raise ValueError(f"{constants.ENDPOINT} tells no size or no digest of {repo_id}/{name}")
-        file = RemoteFile(repo_id, repo_type, info.sha, name, sibling.size, digest, folder / name)
-        check_existing(file)
-        files.append(file)
-    for pattern in patterns:
-        if not any(fnmatch.fnmatch(file.name, pattern) for file in files):
-            raise ValueError(f"{repo_id} at {constants.ENDPOINT} has no {pattern}")
-    return files
-
-
-def matches_any(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
-
-
-def check_existing(file: RemoteFile) -> None:
-    """A file of that name that is not the published one is the user's own: never overwrite it."""
-    if file.target.exists() and not matches_digest(file.target, file.digest):
-        raise FileExistsError(
-            f"{file.target} exists and differs from the published file ({readable(file.size)}): "
-            "move it away, or name another folder"
-        )
-
-
-def check_free_space(items: list[Item]) -> None:
-    needed: dict[int, int] = defaultdict(int)
-    folders: dict[int, Path] = {}
-    for item in items:
-        folder = existing_folder(item.target)
-        device = folder.stat().st_dev
-        folders[device] = folder
-        needed[device] += sum(file.missing + file.unpacked_size for file in item.files)
-    for device, folder in folders.items():
-        free = shutil.disk_usage(folder).free
-        if needed[device] > free:
-            raise OSError(
-                f"not enough space on the disk of {folder}: {readable(needed[device])} needed "
-                f"(download, and what is unpacked from it), {readable(free)} free"
-            )
-
-
-def fetch(file: RemoteFile) -> None:
-    """Download one file, going on where an earlier run stopped.
-
-    `hf_hub_download` resumes only within a run: it deletes its partial file when that ends. Hence `http_get`.
-    """
-    if file.target.exists():
+def clip(folder: Path) -> Iterator[list[HubFile]]:
+    """Keeps the vision part of the published encoder."""
+    needed = ["config.json", "preprocessor_config.json", "model.safetensors pytorch_model.bin"]
+    if all(any((folder / name).exists() for name in names.split()) for names in needed):
+        write_stdout(f"{folder} is already complete, skipped\n")
         return
-    file.target.parent.mkdir(parents=True, exist_ok=True)
-    for stale in file.target.parent.glob(f"{glob.escape(file.target.name)}.*.part"):
-        if stale != file.part or stale.stat().st_size > file.size:
-            stale.unlink()
-    url = hf_hub_url(file.repo_id, file.name, repo_type=file.repo_type, revision=file.commit)
-    headers = {**build_hf_headers(), "Accept-Encoding": "identity"}  # byte ranges of the file itself
-    with file.part.open("ab") as stream:
-        http_get(
-            url,
-            stream,
-            resume_size=stream.tell(),
-            headers=headers,
-            expected_size=file.size,
-            displayed_filename=file.name,
-        )
-    if not matches_digest(file.part, file.digest):
-        file.part.unlink()
-        raise OSError(f"{url} arrived damaged (its digest is not {file.digest}): removed, please run again")
-    file.part.replace(file.target)
+    whole = folder.with_name(f"{folder.name}.part")
+    yield list_files("openai/clip-vit-base-patch16", whole, needed)[:3]  # no second file of weights
 
-
-def keep_vision_part(whole: Path, folder: Path, weights: RemoteFile) -> None:
-    """Write the vision tower and preprocessor of the CLIP in `whole` to `folder`, and remove `whole`."""
-    from transformers import AutoImageProcessor, CLIPVisionModel
-    from transformers.utils import logging
+    from transformers import AutoImageProcessor, CLIPVisionModel, logging
 
     logging.set_verbosity_error()  # the text tower's weights are unused, as intended
     logging.disable_progress_bar()
@@ -281,13 +95,105 @@ def keep_vision_part(whole: Path, folder: Path, weights: RemoteFile) -> None:
     for path in vision.iterdir():
         path.replace(folder / path.name)
     shutil.rmtree(whole)
-    kept = (folder / "model.safetensors").stat().st_size
-    print(f"clip: kept the vision part in {folder}, {readable(kept)} of {readable(weights.size)}", flush=True)
+    write_stdout(f"{folder} holds the vision part, the rest is removed\n")
 
 
-def unpack(archive: RemoteFile) -> None:
-    """Extract an archive beside itself, all or nothing, then delete it."""
-    folder = unpacked_folder(archive.target)
+def weights(folder: Path, patterns: str) -> Iterator[list[HubFile]]:
+    """Describes each file of published weights in a sidecar."""
+    files = list_files("jingyaogong/MiniMind2-V-PyTorch", folder, [patterns])
+    needed, optional = ["tokenizer.json", "tokenizer_config.json"], "special_tokens_map.json chat_template.*"
+    tokenizer = folder / "minimind2-tokenizer"
+    yield files + list_files("jingyaogong/MiniMind2-V", tokenizer, needed, optional)
+
+    from common.weights import describe_published_weights  # needs torch, which nothing above does
+
+    for file in files:
+        sidecar = describe_published_weights(file.target, tokenizer, file.target.name.split("_512")[0])
+        write_stdout(f"{file.target} is described by {sidecar}\n")
+
+
+def dataset(folder: Path) -> Iterator[list[HubFile]]:
+    """Unpacks the archives of pictures."""
+    patterns = "*.jsonl *.parquet *.zip *.tar *.tar.gz *.tgz"
+    files = list_files("jingyaogong/minimind-v_dataset", folder, [patterns], repo_type="dataset")
+    files = [file for file in files if not is_unpacked(file)]
+    yield files
+    for file in files:
+        if ARCHIVE.search(file.target.name):
+            unpack(file)
+
+
+def list_files(
+    repo_id: str, folder: Path, needed: list[str], optional: str = "", repo_type: str = "model"
+) -> list[HubFile]:
+    """Files in the root of a repository; of the patterns in each string of `needed` one must match."""
+    timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+    info = HfApi().repo_info(repo_id, repo_type=repo_type, files_metadata=True, timeout=timeout)
+    repository = {"repo_id": repo_id, "repo_type": repo_type, "revision": info.sha, "local_dir": folder}
+    # Names with a folder are none of ours, which also keeps a hostile `../name` out.
+    found = {file.rfilename: file for file in info.siblings if re.fullmatch(r"\w[^/\\:]*", file.rfilename)}
+    files = []
+    for patterns in [*needed, optional]:
+        names = [name for pattern in patterns.split() for name in fnmatch.filter(found, pattern)]
+        if patterns in needed and not names:
+            raise UserError(f"{repo_id} at {constants.ENDPOINT} has no {' or '.join(patterns.split())}")
+        for name in names:
+            size, lfs, blob_id = found[name].size, found[name].lfs, found[name].blob_id
+            request = {**repository, "filename": name}
+            file = HubFile(request, folder / name, size, lfs.sha256 if lfs else blob_id)
+            if size is None or not file.digest:
+                raise UserError(f"{constants.ENDPOINT} tells no size or no digest of {repo_id}/{name}")
+            if file.target.exists() and not is_published(file):
+                problem = f"{file.target} exists and differs from the published file ({readable(size)}B)"
+                raise UserError(f"{problem}: move it away, or name another folder")
+            files.append(file)
+    return files
+
+
+def is_published(file: HubFile) -> bool:
+    """By content; the library's dry run goes by times and its own records, which fit other files too."""
+    if len(file.digest) == 64:
+        return sha256_of(file.target) == file.digest
+    content = file.target.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == file.digest
+
+
+def check_free_space(files: list[HubFile]) -> None:
+    needed: Counter[int] = Counter()
+    for file in files:
+        is_here = file.target.exists()
+        what = "already here" if is_here else "to download"
+        write_stdout(f"{file.target}: {readable(file.size)}B {what}\n")
+        # Pictures and the vision part are written while what holds them is still there.
+        holds_more = ARCHIVE.search(file.target.name) or file.target.suffix in (".safetensors", ".bin")
+        folder = next(parent for parent in file.target.absolute().parents if parent.exists())
+        disk, free = folder.stat().st_dev, shutil.disk_usage(folder).free
+        needed[disk] += file.size * ((not is_here) + bool(holds_more))
+        if needed[disk] > free:
+            told = f"{readable(needed[disk])}B needed (download, and what is unpacked from it)"
+            raise UserError(f"not enough space on the disk of {folder}: {told}, {readable(free)}B free")
+
+
+def unpacked_folder(archive: HubFile) -> Path:
+    return archive.target.with_name(ARCHIVE.sub("", archive.target.name))
+
+
+def is_unpacked(archive: HubFile) -> bool:
+    folder = unpacked_folder(archive)
+    marker = folder / MARKER
+    if marker.exists() and archive.digest in marker.read_text():
+        state = "is up to date"
+    elif folder.is_dir() and any(folder.iterdir()) and not marker.exists():
+        state = "is there, though not extracted by this script"
+    else:
+        return False
+    write_stdout(f"{folder} {state}, skipped\n")
+    return True
+
+
+def unpack(archive: HubFile) -> None:
+    """Extracts an archive beside itself, all or nothing, then deletes it."""
+    folder = unpacked_folder(archive)
     temporary = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -295,137 +201,55 @@ def unpack(archive: RemoteFile) -> None:
         # Archives hold either the folder itself or its contents.
         inside = temporary / folder.name
         source = inside if inside.is_dir() and len(list(temporary.iterdir())) == 1 else temporary
-        marker = {"archive": archive.name, "size": archive.size, "digest": archive.digest}
-        (source / MARKER).write_text(json.dumps(marker) + "\n")
-        if folder.exists():
-            shutil.rmtree(folder)  # empty, or an older version that carries our marker
+        (source / MARKER).write_text(json.dumps({"digest": archive.digest}) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)  # empty, or an older version that carries our marker
         source.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     archive.target.unlink()
-    print(f"dataset: extracted {archive.target} to {folder} and deleted the archive", flush=True)
+    write_stdout(f"{archive.target} is extracted to {folder} and deleted\n")
 
 
 def extract(archive: Path, folder: Path) -> None:
-    """Extract a zip or tar of plain files and folders; with anything else in it, nothing is written."""
+    """Extracts a zip or tar of plain files and folders; with anything else in it, nothing is written."""
     is_zip = archive.suffix == ".zip"
     try:
         with zipfile.ZipFile(archive) if is_zip else tarfile.open(archive) as opened:
             members = opened.infolist() if is_zip else opened.getmembers()
-            total = 0
+            needed, free = 0, shutil.disk_usage(archive.parent).free
             for member in members:
-                check_member(archive, member)
-                total += member.file_size if is_zip else member.size
-            free = shutil.disk_usage(archive.parent).free
-            if total > free:
-                raise OSError(f"{archive} unpacks to {readable(total)}, but only {readable(free)} are free")
-            folder.mkdir()
-            for member in tqdm(members, desc=f"extracting {archive.name}", unit="file"):
-                if is_zip:
-                    opened.extract(member, folder)
+                if is_zip:  # the upper half of the attributes is the Unix mode, 0 where there is none
+                    name, needed = member.filename, needed + member.file_size
+                    is_plain = stat.S_IFMT(member.external_attr >> 16) in (0, stat.S_IFREG, stat.S_IFDIR)
                 else:
-                    opened.extract(member, folder, filter="data")
-    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, RuntimeError) as error:
-        raise ValueError(f"{archive} cannot be extracted: {error}") from error
+                    name, needed = member.name, needed + member.size
+                    is_plain = member.isfile() or member.isdir()
+                path = PureWindowsPath(name)  # knows both kinds of slash, and drives
+                if path.anchor or ".." in path.parts or not is_plain:
+                    problem = "leaves the folder" if is_plain else "is a link or device"
+                    raise ValueError(f"entry {name!r} {problem}")
+            if needed > free:
+                raise ValueError(f"it unpacks to {readable(needed)}B, but only {readable(free)}B are free")
+            safely = {} if is_zip else {"filter": "data"}
+            opened.extractall(folder, tqdm(members, f"extracting {archive.name}"), **safely)
+    except Exception as error:  # either library, and zlib below them, has its own for what is broken
+        raise UserError(f"{archive} cannot be extracted, and nothing was: {error}") from error
 
 
-def check_member(archive: Path, member: zipfile.ZipInfo | tarfile.TarInfo) -> None:
-    if isinstance(member, zipfile.ZipInfo):
-        name = member.filename
-        # The upper half of the attributes is the Unix mode, 0 where the archive was not made on Unix.
-        plain = stat.S_IFMT(member.external_attr >> 16) in (0, stat.S_IFREG, stat.S_IFDIR)
-    else:
-        name = member.name
-        plain = member.isfile() or member.isdir()
-    path = PureWindowsPath(name)  # knows both kinds of slash, and drives
-    if path.anchor or ".." in path.parts:
-        problem = "leaves the folder"
-    elif not plain:
-        problem = "is a link or device"
-    else:
-        return
-    raise ValueError(f"{archive}: entry {name!r} {problem}; nothing was extracted")
-
-
-def unpacked_state(archive: RemoteFile) -> str | None:
-    """Why the archive need not be unpacked, or None if it must be."""
-    folder = unpacked_folder(archive.target)
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return None
-    marker = folder / MARKER
-    if not marker.exists():
-        return "is there, though not extracted by this script"
-    return "is up to date" if json.loads(marker.read_text())["digest"] == archive.digest else None
-
-
-def unpacked_folder(archive: Path) -> Path:
-    return archive.with_name(re.sub(r"\.(zip|tar|tar\.gz|tgz)$", "", archive.name))
-
-
-def matches_digest(path: Path, digest: str) -> bool:
-    if len(digest) == 64:
-        return sha256_of(path) == digest
-    return git_hash(path.read_bytes()) == digest
-
-
-def existing_folder(path: Path) -> Path:
-    path = path.resolve()
-    return next(parent for parent in (path, *path.parents) if parent.exists())
-
-
-def readable(size: int) -> str:
-    return tqdm.format_sizeof(size, "B")
-
-
-def hub_error(error: httpx2.HTTPError) -> str:
-    """One line about a failed request, with the endpoint and what to do."""
-    if isinstance(error, GatedRepoError):
-        return f"{error.response.url} is gated: accept its terms on {constants.ENDPOINT}, then set HF_TOKEN"
-    if isinstance(error, HfHubHTTPError):
-        return (
-            f"{constants.ENDPOINT} answered {error.response.status_code} to {error.response.url}: set "
-            f"HF_ENDPOINT to a mirror that has it, or HF_TOKEN if it is private; {RESUME_HINT}"
-        )
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return (
-        f"cannot reach {constants.ENDPOINT} ({reason}): check the network, or set HF_ENDPOINT to a mirror; "
-        f"{RESUME_HINT}"
-    )
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Download the published encoder, weights and data set.",
-        epilog="HF_ENDPOINT names a mirror of the hub, HF_TOKEN a token for gated repositories.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument(
-        "names",
-        nargs="+",
-        choices=list(PLANS),
-        help="clip: vision part of CLIP-ViT-B/16; lm: base LM; vlm: trained VLMs; dataset: both stages",
-    )
-    parser.add_argument(
-        "--clip_dir",
-        type=Path,
-        default=Path("model/vision_model/clip-vit-base-patch16"),
-        help="folder for the encoder",
-    )
-    parser.add_argument(
-        "--out_dir", type=Path, default=Path("out"), help="folder for weights and their tokenizer"
-    )
-    parser.add_argument("--data_dir", type=Path, default=Path("dataset"), help="folder for the data set")
-    return parser.parse_args()
+@contextlib.contextmanager
+def hub_errors() -> Iterator[None]:
+    """Turns a failed request into one line with the endpoint and what to do."""
+    try:
+        yield
+    except (httpx2.HTTPError, errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
+        # Where a request fails, the library looks for a local copy, and reports that there is none.
+        cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else error
+        advice = "check the network, set HF_ENDPOINT to a mirror that has it, or HF_TOKEN if it is private"
+        if isinstance(cause, errors.GatedRepoError):
+            advice = "it is gated: accept its terms there, then set HF_TOKEN"
+        reason = " ".join(str(cause).split()) or type(cause).__name__
+        raise UserError(f"cannot fetch from {constants.ENDPOINT}: {reason}; {advice}") from error
 
 
 if __name__ == "__main__":
-    arguments = parse_arguments()
-    try:
-        main(arguments)
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; {RESUME_HINT}", file=sys.stderr)
-        sys.exit(130)
-    except (httpx2.HTTPError, OfflineModeIsEnabled) as error:
-        sys.exit(f"error: {hub_error(error)}")
-    except (OSError, ValueError, UserError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+    run_main(main)

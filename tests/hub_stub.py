@@ -1,7 +1,8 @@
 """A local stand-in for the model hub: what `huggingface_hub` requests for repository listings and files.
 
-Large files are redirected to another host name, as the hub redirects to its CDN. A file can be cut short or
-stalled once, claim another size, or be served damaged. Every request is recorded in `requests`.
+Large files are redirected to another host name, as the hub redirects to its CDN, and Xet is offered for them,
+which the stub does not speak. A file can be cut short or stalled once, claim another size, be refused, or be
+served damaged. Every request is recorded in `requests`, those that are answered with content in `contents`.
 """
 
 import hashlib
@@ -33,9 +34,11 @@ class HubStub:
     gated: set[str] = field(default_factory=set)
     claimed_sizes: dict[str, int] = field(default_factory=dict)
     damaged: set[str] = field(default_factory=set)
+    refused: set[str] = field(default_factory=set)  # listed, but answered with 403
     cut_once: dict[str, int] = field(default_factory=dict)  # close the connection after so many bytes
     stall_once: dict[str, int] = field(default_factory=dict)  # send nothing more after so many bytes
     requests: list[Request] = field(default_factory=list)
+    contents: list[Request] = field(default_factory=list)
 
     def __enter__(self) -> "HubStub":
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -58,15 +61,12 @@ class HubStub:
         return f"http://127.0.0.1:{self.port}"
 
     def fetched(self) -> list[str]:
-        """Names of the files whose content was asked for, a redirected one once."""
-        paths = [request.path for request in self.requests if request.method == "GET"]
-        return [path.rsplit("/", 1)[1] for path in paths if "/resolve/" in path]
+        """Names of the files whose content was asked for, each as often as it was."""
+        return [request.path.rsplit("/", 1)[1] for request in self.contents]
 
     def ranges(self, name: str) -> list[str | None]:
         """The Range header of each request for a file's content."""
-        return [
-            request.range for request in self.requests if request.path.endswith(f"/resolve/{COMMIT}/{name}")
-        ]
+        return [request.range for request in self.contents if request.path.endswith(f"/{name}")]
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -76,9 +76,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         url = urlsplit(self.path)
         path = unquote(url.path)
-        self.hub.requests.append(
-            Request(self.command, path, self.headers["Range"], self.headers["Authorization"])
-        )
+        self._request = Request(self.command, path, self.headers["Range"], self.headers["Authorization"])
+        self.hub.requests.append(self._request)
         if path.startswith("/api/"):
             self._answer_listing(path.removeprefix("/api/"), with_sizes="blobs=" in url.query)
         elif path.startswith("/cdn/"):
@@ -127,10 +126,18 @@ class _Handler(BaseHTTPRequestHandler):
         name = rest.partition("/")[2]
         if name not in files:
             self._answer(404, headers={"X-Error-Code": "EntryNotFound"})
+        elif name in self.hub.refused:
+            self._answer(403)
         elif name.endswith(LFS_SUFFIXES):
-            location = f"http://localhost:{self.hub.port}/cdn/{repository}/{name}"
-            etag = hashlib.sha256(files[name]).hexdigest()
-            self._answer(302, headers={"Location": location, "X-Repo-Commit": COMMIT, "X-Linked-Etag": etag})
+            headers = {
+                "Location": f"http://localhost:{self.hub.port}/cdn/{repository}/{name}",
+                "X-Repo-Commit": COMMIT,
+                "X-Linked-Etag": hashlib.sha256(files[name]).hexdigest(),
+                "X-Linked-Size": str(len(files[name])),
+                "X-Xet-Hash": hashlib.sha256(files[name]).hexdigest(),
+                "X-Xet-Refresh-Route": f"{self.hub.endpoint}/api/xet-read-token",
+            }
+            self._answer(302, headers=headers)
         else:
             self._send_content(name, files[name])
 
@@ -149,8 +156,11 @@ class _Handler(BaseHTTPRequestHandler):
             status, start = 206, int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
         body = content[start:]
-        cut = self.hub.cut_once.pop(name, None)
-        stall = self.hub.stall_once.pop(name, None)
+        cut = stall = None
+        if self.command == "GET":
+            self.hub.contents.append(self._request)
+            cut = self.hub.cut_once.pop(name, None)
+            stall = self.hub.stall_once.pop(name, None)
         self._answer(status, body, headers, send=cut or stall)
         if cut is not None:
             self.close_connection = True

@@ -5,6 +5,8 @@ import io
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import stat
 import subprocess
@@ -54,6 +56,17 @@ def download(hub: HubStub, tmp_path: Path):
 
 
 def start(folder: Path, endpoint: str, *names: str, **environment: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, SCRIPT, *names],
+        cwd=folder,
+        env=environment_of(folder, endpoint) | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def environment_of(folder: Path, endpoint: str) -> dict[str, str]:
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     settings = {
         "HF_ENDPOINT": endpoint,
@@ -61,14 +74,12 @@ def start(folder: Path, endpoint: str, *names: str, **environment: str) -> subpr
         "NO_PROXY": "*",
         "OMP_NUM_THREADS": "1",
     }
-    return subprocess.Popen(
-        [sys.executable, SCRIPT, *names],
-        cwd=folder,
-        env=inherited | settings | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return inherited | settings
+
+
+def published_names(folder: Path) -> list[str]:
+    """Names in a folder, but for the one where the library keeps its records."""
+    return sorted(path.name for path in folder.iterdir() if path.name != ".cache")
 
 
 def assert_one_line_error(result: subprocess.CompletedProcess, *parts: str) -> None:
@@ -96,6 +107,7 @@ def clip_repository(weights: str) -> dict[str, bytes]:
     return {
         "config.json": (GOLDEN_CLIP / "config.json").read_bytes(),
         "preprocessor_config.json": json.dumps(preprocessor).encode(),
+        "pytorch_model.bin": b"not needed where model.safetensors is published",
         weights: model,
         "tokenizer.json": b"{}",
         "tf_model.h5": b"not needed",
@@ -222,6 +234,64 @@ def test_own_weights_are_never_overwritten(hub, download, tmp_path, published_to
     assert not hub.fetched()
 
 
+def test_own_weights_are_never_overwritten_from_the_cache_of_the_library(
+    hub, download, tmp_path, published_tokenizer
+):
+    hub.models[WEIGHTS] = {"lm_512.pth": published_weights()}
+    hub.models[TOKENIZER] = published_tokenizer
+    code = f"from huggingface_hub import hf_hub_download; hf_hub_download({WEIGHTS!r}, 'lm_512.pth')"
+    environment = environment_of(tmp_path, hub.endpoint) | {"HF_HUB_DISABLE_XET": "1"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)
+    own = tmp_path / "out/lm_512.pth"
+    own.parent.mkdir()
+    own.write_bytes(b"my weights")
+
+    result = download("lm")
+
+    assert_one_line_error(result, "out/lm_512.pth", "move it away")
+    assert own.read_bytes() == b"my weights"
+
+
+def test_complete_files_are_recognised_by_their_content(hub, download, tmp_path, published_tokenizer):
+    hub.models[WEIGHTS] = {"lm_512.pth": published_weights()}
+    hub.models[TOKENIZER] = published_tokenizer
+    assert download("lm").returncode == 0
+    fetched = hub.fetched()
+    shutil.rmtree(tmp_path / "out/.cache")  # what the library notes about them is not needed
+    shutil.rmtree(tmp_path / "out/minimind2-tokenizer/.cache")
+
+    result = download("lm")
+
+    assert result.returncode == 0, result.stderr
+    assert {"lm_512.pth", "tokenizer.json", "tokenizer_config.json"} <= set(fetched)
+    assert hub.fetched() == fetched
+    assert "to download" not in result.stdout
+    for name in ("lm_512.pth", "minimind2-tokenizer/tokenizer.json"):
+        assert re.search(rf"out/{name}: \S+B already here", result.stdout)
+
+
+@pytest.mark.parametrize("name", ["lm_512.pth", "minimind2-tokenizer/tokenizer.json"])
+def test_file_changed_after_the_download_is_not_overwritten(
+    hub, download, tmp_path, published_tokenizer, name
+):
+    hub.models[WEIGHTS] = {"lm_512.pth": published_weights()}
+    hub.models[TOKENIZER] = published_tokenizer
+    assert download("lm").returncode == 0
+    fetched = hub.fetched()
+    own, sidecar = tmp_path / "out" / name, tmp_path / "out/lm_512.json"
+    content = own.read_bytes()[:-1] + b"!"  # as long as the published one, and older than the download
+    own.write_bytes(content)
+    os.utime(own, (1, 1))
+    sidecar.write_text("mine")
+
+    result = download("lm")
+
+    assert_one_line_error(result, f"out/{name} exists and differs from the published file", "move it away")
+    assert own.read_bytes() == content
+    assert sidecar.read_text() == "mine"
+    assert hub.fetched() == fetched
+
+
 # --- dataset
 
 
@@ -269,15 +339,15 @@ def test_dataset_is_extracted_once_and_archives_are_deleted(hub, download, tmp_p
     names = ["eval_images.tar.gz", "pretrain_data.jsonl", "pretrain_images.zip", "sft_images.zip"]
     assert sorted(fetched) == names
     assert hub.fetched() == fetched
-    assert "nothing to download" in second.stdout
+    assert "pretrain_data.jsonl: 3.00B already here" in second.stdout
+    assert "to download" not in second.stdout
     assert "dataset/sft_images is up to date, skipped" in second.stdout
-    assert "deleted the archive" in first.stdout
+    assert "dataset/sft_images.zip is extracted to dataset/sft_images and deleted" in first.stdout
     folder = tmp_path / "dataset"
     found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix in {".jpg", ".jsonl"}}
     pictures = {"pretrain_images/a.jpg", "pretrain_images/b/c.jpg", "sft_images/d.jpg", "eval_images/e.jpg"}
     assert found == {"pretrain_data.jsonl"} | pictures
-    top = sorted(path.name for path in folder.iterdir())
-    assert top == ["eval_images", "pretrain_data.jsonl", "pretrain_images", "sft_images"]
+    assert published_names(folder) == ["eval_images", "pretrain_data.jsonl", "pretrain_images", "sft_images"]
 
 
 def test_newer_archive_replaces_what_was_extracted_before(hub, download, tmp_path):
@@ -331,8 +401,9 @@ def test_malicious_archive_is_refused_as_a_whole(hub, download, tmp_path, name, 
     result = download("dataset")
 
     assert_one_line_error(result, f"dataset/{name}", problem)
-    files = {path.name for path in tmp_path.rglob("*") if path.is_file() and "hf_home" not in path.parts}
-    assert files == {name}
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert [path.name for path in files if not {"hf_home", ".cache"} & set(path.parts)] == [name]
+    assert not list(tmp_path.rglob("*escaped*"))
     assert not (tmp_path / "dataset/evil").exists()
     assert not Path("/tmp/minimind_escaped").exists()
 
@@ -347,7 +418,7 @@ def test_archive_larger_than_the_free_disk_is_not_extracted(tmp_path, monkeypatc
     usage = type("Usage", (), {"free": 999_999})()
     monkeypatch.setattr(script.shutil, "disk_usage", lambda _: usage)
 
-    with pytest.raises(OSError, match=r"unpacks to 1\.00MB"):
+    with pytest.raises(script.UserError, match=r"unpacks to 1\.00MB"):
         script.extract(archive, tmp_path / "bomb")
 
     assert not (tmp_path / "bomb").exists()
@@ -372,14 +443,14 @@ def test_cut_connection_is_resumed_within_the_run(hub, download, tmp_path, long_
     assert (tmp_path / "dataset/sft_data.jsonl").read_bytes() == long_file
 
 
-def test_ctrl_c_keeps_the_partial_file_and_a_rerun_resumes(hub, download, tmp_path, long_file):
-    hub.datasets[DATASET] = {"sft_data.jsonl": long_file}
+def test_ctrl_c_leaves_nothing_half_written_and_a_second_run_completes(hub, download, tmp_path, long_file):
+    hub.datasets[DATASET] = {"pretrain_data.jsonl": b"{}\n", "sft_data.jsonl": long_file}
     hub.stall_once["sft_data.jsonl"] = PIECE + 1_000_000
     folder = tmp_path / "dataset"
 
     with start(tmp_path, hub.endpoint, "dataset", HF_HUB_DOWNLOAD_TIMEOUT="60") as process:
         deadline = time.monotonic() + 60
-        while not any(path.stat().st_size >= PIECE for path in folder.glob("*.part")):
+        while not any(path.stat().st_size >= PIECE for path in folder.rglob("*.incomplete")):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
@@ -387,23 +458,33 @@ def test_ctrl_c_keeps_the_partial_file_and_a_rerun_resumes(hub, download, tmp_pa
 
     assert process.returncode == 130
     assert "Traceback" not in stderr
-    assert [path.stat().st_size for path in folder.iterdir()] == [PIECE]
+    assert published_names(folder) == ["pretrain_data.jsonl"]
+    assert not list(folder.rglob("*.incomplete"))
     result = download("dataset")
     assert result.returncode == 0, result.stderr
-    assert "10.5MB already here" in result.stdout
-    assert hub.ranges("sft_data.jsonl") == [None, f"bytes={PIECE}-"]
-    assert [path.name for path in folder.iterdir()] == ["sft_data.jsonl"]
+    assert hub.fetched() == ["pretrain_data.jsonl", "sft_data.jsonl", "sft_data.jsonl"]
+    assert hub.ranges("sft_data.jsonl") == [None, None]
     assert (folder / "sft_data.jsonl").read_bytes() == long_file
 
 
-def test_damaged_content_is_removed(hub, download, tmp_path):
+def test_content_that_arrived_damaged_is_found_by_the_next_run(hub, download):
     hub.datasets[DATASET] = {"sft_data.jsonl": b"{}\n"}
     hub.damaged.add("sft_data.jsonl")
+    assert download("dataset").returncode == 0  # the library compares sizes
+
+    assert_one_line_error(download("dataset"), "dataset/sft_data.jsonl exists and differs from the published")
+
+
+def test_only_files_in_the_root_of_a_repository_count(hub, download, tmp_path):
+    names = ["sft_data.jsonl", "old/sft_data.jsonl", "../escaped.jsonl", "..\\escaped.jsonl", "...zip"]
+    hub.datasets[DATASET] = dict.fromkeys(names, b"{}\n")
 
     result = download("dataset")
 
-    assert_one_line_error(result, "sft_data.jsonl", "arrived damaged")
-    assert not list((tmp_path / "dataset").iterdir())
+    assert result.returncode == 0, result.stderr
+    assert hub.fetched() == ["sft_data.jsonl"]
+    assert published_names(tmp_path / "dataset") == ["sft_data.jsonl"]
+    assert not list(tmp_path.rglob("*escaped*"))
 
 
 def test_too_little_disk_space_stops_before_the_first_byte(hub, download, tmp_path):
@@ -414,26 +495,43 @@ def test_too_little_disk_space_stops_before_the_first_byte(hub, download, tmp_pa
     result = download("clip", "dataset")
 
     assert_one_line_error(result, "not enough space", "6.00PB needed")
-    assert "dataset: " in result.stdout and "3.00PB to download" in result.stdout
+    assert "dataset/sft_images.zip: 3.00PB to download" in result.stdout
     assert not hub.fetched()
     assert not (tmp_path / "dataset").exists()
 
 
 def test_missing_repository_is_one_line_with_the_endpoint(hub, download):
-    assert_one_line_error(download("clip"), hub.endpoint, "answered 404", CLIP, "HF_ENDPOINT")
+    assert_one_line_error(download("clip"), hub.endpoint, "404", CLIP, "HF_ENDPOINT")
 
 
 def test_gated_repository_asks_for_a_token(hub, download):
     hub.datasets[DATASET] = {"sft_data.jsonl": b"{}\n"}
     hub.gated.add(DATASET)
 
-    assert_one_line_error(download("dataset"), hub.endpoint, "gated", "HF_TOKEN")
+    assert_one_line_error(download("dataset"), hub.endpoint, "accept its terms", "HF_TOKEN")
+
+
+def test_file_that_the_hub_refuses_is_one_line_with_the_endpoint(hub, download, tmp_path):
+    hub.datasets[DATASET] = {"sft_data.jsonl": b"{}\n"}
+    hub.refused.add("sft_data.jsonl")
+
+    assert_one_line_error(download("dataset"), f"from {hub.endpoint}: 403", "sft_data.jsonl", "HF_ENDPOINT")
+    assert published_names(tmp_path / "dataset") == []
 
 
 def test_no_server_is_one_line_with_the_endpoint(download):
     result = download("lm", HF_ENDPOINT="http://127.0.0.1:9")
 
-    assert_one_line_error(result, "cannot reach http://127.0.0.1:9", "HF_ENDPOINT")
+    assert_one_line_error(result, "cannot fetch from http://127.0.0.1:9", "HF_ENDPOINT")
+
+
+def test_no_server_is_told_even_where_every_file_is_here(hub, download):
+    hub.datasets[DATASET] = {"sft_data.jsonl": b"{}\n"}
+    assert download("dataset").returncode == 0
+
+    result = download("dataset", HF_ENDPOINT="http://127.0.0.1:9")
+
+    assert_one_line_error(result, "cannot fetch from http://127.0.0.1:9", "HF_ENDPOINT")
 
 
 def test_missing_file_names_the_repository(hub, download, published_tokenizer):
