@@ -37,9 +37,10 @@ def load_world() -> dict:
     return json.loads((DEMO_DIR / "world.json").read_text(encoding="utf-8"))
 
 
-def load_sprites(styles: list[str]) -> Sprites:
-    """The drawings of these styles, decoded, by English name and style."""
-    table = pq.read_table(DEMO_DIR / "sprites.parquet", filters=[("style", "in", styles)])
+def load_sprites(held_out: bool) -> Sprites:
+    """The held-out style's drawings, or all others', decoded, by English name and style."""
+    style_filter = ("style", "==" if held_out else "!=", load_world()["held_out_style"])
+    table = pq.read_table(DEMO_DIR / "sprites.parquet", filters=[style_filter])
     sprites: Sprites = {}
     for row in table.to_pylist():
         drawing = Image.open(io.BytesIO(row["image"])).convert("RGBA")

@@ -72,55 +72,37 @@ def write_all(out_dir: Path, pictures: int, questions: int, seed: int) -> None:
         (out_dir / split).mkdir()
         for start in range(0, count, PICTURES_PER_TASK):
             tasks.append((out_dir, split, range(start, min(start + PICTURES_PER_TASK, count)), seed))
-    scenes: dict[str, list[list[Thing]]] = {split: [] for split in SPLITS}
+    drawn: dict[str, list[tuple[str, list[Thing]]]] = {split: [] for split in SPLITS}
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        for (_, split, _, _), part in zip(
-            tasks, pool.map(draw_pictures, *zip(*tasks, strict=True)), strict=True
-        ):
-            scenes[split] += part
+        parts = pool.map(draw_pictures, *zip(*tasks, strict=True))
+        for (_, split, _, _), part in zip(tasks, parts, strict=True):
+            drawn[split] += part
 
     rng = np.random.default_rng([seed, 0, len(SPLITS) + 1])
     write_rows(out_dir / "lm.jsonl", texts(rng, speakers, pictures * TEXTS_PER_PICTURE))
-    write_rows(
-        out_dir / "pretrain.jsonl", [caption_row(rng, speakers, *item) for item in named(scenes, "images")]
-    )
-    pictures_shown = [item for item in named(scenes, "images") for _ in range(DIALOGUES_PER_PICTURE)]
-    write_rows(out_dir / "sft.jsonl", [dialogue_row(rng, speakers, *item) for item in pictures_shown])
-    write_rows(
-        out_dir / "val.jsonl", [dialogue_row(rng, speakers, *item) for item in named(scenes, "images_val")]
-    )
+    write_rows(out_dir / "pretrain.jsonl", [caption_row(rng, speakers, *item) for item in drawn["images"]])
+    shown = [item for item in drawn["images"] for _ in range(DIALOGUES_PER_PICTURE)]
+    write_rows(out_dir / "sft.jsonl", [dialogue_row(rng, speakers, *item) for item in shown])
+    write_rows(out_dir / "val.jsonl", [dialogue_row(rng, speakers, *item) for item in drawn["images_val"]])
     for split, name in (("images_seen", "eval_seen.jsonl"), ("images_unseen", "eval_unseen.jsonl")):
-        items = enumerate(named(scenes, split))
+        items = enumerate(drawn[split])
         write_rows(out_dir / name, [test_row(rng, speakers, index, *item) for index, item in items])
 
 
-def draw_pictures(out_dir: Path, split: str, indices: range, seed: int) -> list[list[Thing]]:
-    """Saves these pictures of a split and returns what is in them."""
-    sprites = load_sprites(styles_of(split))
-    scenes = []
+def draw_pictures(out_dir: Path, split: str, indices: range, seed: int) -> list[tuple[str, list[Thing]]]:
+    """Saves these pictures of a split; returns their names below `out_dir` and what is in them."""
+    sprites = load_sprites(held_out=split == "images_unseen")
+    drawn = []
     for index in indices:
         # A stream of its own for each picture: the pictures do not depend on the number of processes.
         rng = np.random.default_rng([seed, index, 1 + SPLITS.index(split)])
         is_test = split in ("images_seen", "images_unseen")
         large = KINDS[index % len(KINDS)] in LARGE_KINDS if is_test else rng.random() < 0.5
         scene = random_scene(rng, sprites, large)
-        paint(rng, scene, sprites)[0].save(out_dir / picture_name(split, index), compress_level=1)
-        scenes.append(scene)
-    return scenes
-
-
-def styles_of(split: str) -> list[str]:
-    world = load_world()
-    held_out = world["held_out_style"]
-    return [style for style in world["styles"] if (style == held_out) == (split == "images_unseen")]
-
-
-def picture_name(split: str, index: int) -> str:
-    return f"{split}/{index:06d}.png"
-
-
-def named(scenes: dict[str, list[list[Thing]]], split: str) -> list[tuple[str, list[Thing]]]:
-    return [(picture_name(split, index), scene) for index, scene in enumerate(scenes[split])]
+        name = f"{split}/{index:06d}.png"
+        paint(rng, scene, sprites)[0].save(out_dir / name, compress_level=1)
+        drawn.append((name, scene))
+    return drawn
 
 
 class Speaker:
@@ -285,14 +267,9 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 
 def fingerprint() -> str:
     """Of what the data are made of and by, so that a newer version makes them anew."""
-    here = Path(__file__).resolve().parent
-    files = (
-        DEMO_DIR / "world.json",
-        DEMO_DIR / "sprites.parquet",
-        here / "demo_pictures.py",
-        here / Path(__file__).name,
-    )
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+    made_of = [DEMO_DIR / "world.json", DEMO_DIR / "sprites.parquet"]
+    made_by = [Path(__file__).with_name("demo_pictures.py"), Path(__file__)]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in made_of + made_by)).hexdigest()[:16]
 
 
 if __name__ == "__main__":

@@ -56,20 +56,17 @@ def main() -> None:
 def train(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    world = load_world()
-    names = [concept["en"] for concept in world["concepts"]]
-    held_out = [world["held_out_style"]]
-    seen = [style for style in world["styles"] if style not in held_out]
-    pictures = Pictures(load_sprites(seen), names, args.batch_size, args.seed)
+    classes = {concept["en"]: number for number, concept in enumerate(load_world()["concepts"], 1)}
+    seen, held_out = load_sprites(held_out=False), load_sprites(held_out=True)
+    pictures = Pictures(seen, classes, args.batch_size, args.seed)
     tests = {
-        "seen": test_pictures(load_sprites(seen), names, args.seed),
-        "held_out": test_pictures(load_sprites(held_out), names, args.seed),
+        "seen": test_pictures(seen, classes, args.seed),
+        "held_out": test_pictures(held_out, classes, args.seed),
     }
-    model = Namer(len(names) + 1)
+    model = Namer(len(classes) + 1)
     start_with_principal_components(model, pictures[-1][0])
-    average = Namer(len(names) + 1).requires_grad_(
-        False
-    )  # the running mean of the weights: what is scored and kept
+    # The running mean of the weights is what is scored and kept.
+    average = Namer(len(classes) + 1).requires_grad_(False)
     average.load_state_dict(model.state_dict())
     optimizers = make_optimizers(model, args.learning_rate)
     first_step, seconds_before = resume(args.resume, model, average, optimizers) if args.resume else (0, 0.0)
@@ -121,8 +118,8 @@ def take_step(
 ) -> float:
     """One update on these patches of these pictures (None: on all); returns the loss."""
     positions = torch.arange(GRID * GRID).expand_as(labels) if patches is None else patches
-    labels = labels if patches is None else labels.gather(1, patches)
     names, places = model(images, patches)  # (batch, patches, classes), (batch, patches, positions)
+    labels = labels.gather(1, positions)
     loss = F.cross_entropy(names.flatten(0, 1), labels.flatten(), label_smoothing=0.05)
     place_loss = F.cross_entropy(places.flatten(0, 1), positions.flatten())
     (loss + PLACE_WEIGHT * place_loss).backward()
@@ -303,9 +300,8 @@ def orthogonal(matrices: Tensor) -> Tensor:
 class Pictures(Dataset):
     """Batch `step` of pictures (B, 96, 96, 3) uint8 and patch labels (B, 36) int64, made when asked for."""
 
-    def __init__(self, sprites: Sprites, names: list[str], batch_size: int, seed: int):
-        self.sprites, self.batch_size, self.seed = sprites, batch_size, seed
-        self.classes = {name: index + 1 for index, name in enumerate(names)}
+    def __init__(self, sprites: Sprites, classes: dict[str, int], batch_size: int, seed: int):
+        self.sprites, self.classes, self.batch_size, self.seed = sprites, classes, batch_size, seed
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
         rng = np.random.default_rng([self.seed, step + 1])
@@ -315,15 +311,15 @@ class Pictures(Dataset):
             scene = random_scene(rng, self.sprites, large=rng.random() < 0.5)
             picture, masks = paint(rng, scene, self.sprites, partial(varied, rng))
             images[row] = np.asarray(picture)
-            covers = np.stack([coverage(mask) for mask in masks])  # (things, patches)
+            covers = coverage(masks)
             classes = np.array([self.classes[thing.name] for thing in scene])
             labels[row] = np.where(covers.max(0) >= 0.2, classes[covers.argmax(0)], BACKGROUND)
         return torch.from_numpy(images), torch.from_numpy(labels)
 
 
-def coverage(mask: Image.Image) -> np.ndarray:
-    """(patches,) share of each patch that the mask covers."""
-    return np.asarray(mask.reduce(PATCH), np.float32).ravel() / 255
+def coverage(masks: list[Image.Image]) -> np.ndarray:
+    """(things, patches) share of each patch that each mask covers."""
+    return np.stack([np.asarray(mask.reduce(PATCH), np.float32).ravel() / 255 for mask in masks])
 
 
 def varied(rng: np.random.Generator, drawing: Image.Image) -> Image.Image:
@@ -369,17 +365,15 @@ def recoloured(rng: np.random.Generator, drawing: Image.Image) -> Image.Image:
     return colours
 
 
-def test_pictures(sprites: Sprites, names: list[str], seed: int, count: int = 768) -> list[tuple]:
+def test_pictures(sprites: Sprites, classes: dict[str, int], seed: int, count: int = 768) -> list[tuple]:
     """(picture, coverage (things, patches), classes, large) of new pictures, drawings unchanged."""
     rng = np.random.default_rng([seed, 0])
-    classes = {name: index + 1 for index, name in enumerate(names)}
     tests = []
     for _ in range(count):
         scene = random_scene(rng, sprites, large=rng.random() < 0.5)
         picture, masks = paint(rng, scene, sprites)
-        covers = np.stack([coverage(mask) for mask in masks])
         named = [classes[thing.name] for thing in scene]
-        tests.append((np.asarray(picture), covers, named, scene[0].cell is None))
+        tests.append((np.asarray(picture), coverage(masks), named, scene[0].cell is None))
     return tests
 
 

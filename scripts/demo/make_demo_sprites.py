@@ -15,9 +15,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import resvg_py
+from demo_pictures import DEMO_DIR, load_world
 from PIL import Image
 
-DEMO_DIR = Path(__file__).resolve().parents[2] / "dataset" / "demo"
 SPRITE_SIZE = 64
 RENDER_SIZE = 256  # drawn large, then reduced: thin lines survive better than when drawn at 64
 
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=DEMO_DIR / "sprites.parquet", help="file to write")
     args = parser.parse_args()
 
-    world = json.loads((DEMO_DIR / "world.json").read_text(encoding="utf-8"))
+    world = load_world()
     rows = []
     for style in world["styles"]:
         path = args.icons / style / "icons.json"

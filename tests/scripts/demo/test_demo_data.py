@@ -59,8 +59,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list]:
     found = {}
     for split, count in (("images", PICTURES), ("images_seen", QUESTIONS), ("images_unseen", QUESTIONS)):
         (folder / split).mkdir()
-        for index, scene in enumerate(make_demo_data.draw_pictures(folder, split, range(count), SEED)):
-            found[make_demo_data.picture_name(split, index)] = scene
+        found |= make_demo_data.draw_pictures(folder, split, range(count), SEED)
     return found
 
 
@@ -185,8 +184,8 @@ def test_tests_are_balanced_over_kinds_and_languages(data: Path, name: str):
 def test_the_held_out_style_is_in_the_unseen_test_only(tmp_path: Path):
     for split in make_demo_data.SPLITS:
         (tmp_path / split).mkdir()
-        scenes = make_demo_data.draw_pictures(tmp_path, split, range(40), SEED)
-        styles = {thing.style for scene in scenes for thing in scene}
+        drawn = make_demo_data.draw_pictures(tmp_path, split, range(40), SEED)
+        styles = {thing.style for _, scene in drawn for thing in scene}
         if split == "images_unseen":
             assert styles == {"twemoji"}
         else:
@@ -195,7 +194,7 @@ def test_the_held_out_style_is_in_the_unseen_test_only(tmp_path: Path):
 
 def test_pictures_are_square_and_half_of_them_show_one_large_thing(tmp_path: Path):
     (tmp_path / "images").mkdir()
-    scenes = make_demo_data.draw_pictures(tmp_path, "images", range(200), SEED)
+    scenes = [scene for _, scene in make_demo_data.draw_pictures(tmp_path, "images", range(200), SEED)]
     large = [scene for scene in scenes if scene[0].cell is None]
     assert 70 <= len(large) <= 130
     assert all(len(scene) == 1 and 48 <= scene[0].size <= 91 for scene in large)
