@@ -6,11 +6,11 @@ Without pictures or a file the shipped ones in dataset/eval_images/ are describe
 import logging
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from common.cli import (
-    DeviceFlags,
+    ModelFlags,
     UserError,
     check_seed,
     flag,
@@ -43,21 +43,16 @@ DEFAULT_PROMPT = "Describe the picture."
 
 
 @dataclass
-class EvalFlags(DeviceFlags):
+class EvalFlags(ModelFlags):
     """ValueError names flags that contradict each other, or a value that makes no sense."""
 
-    weight: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "a .pth, the name of one in out/, or an exported folder; several are compared; "
-            f"if not given: {PUBLISHED_NAME}, else the newest sft_vlm_*.pth in {DEMO_FOLDER}/",
-            "action": "extend",
-        },
+    weight: list[str] = flag(
+        [],
+        "a .pth, the name of one in out/, or an exported folder; several are compared; if not given: "
+        f"{PUBLISHED_NAME}, else the newest sft_vlm_*.pth in {DEMO_FOLDER}/",
+        action="extend",
     )
-    image: list[str] = field(
-        default_factory=list,
-        metadata={"help": "picture to ask about; several are one question", "action": "extend"},
-    )
+    image: list[str] = flag([], "picture to ask about; several are one question", action="extend")
     image_dir: str | None = optional_flag(
         f"folder whose pictures are asked about one by one; if not given: {SHIPPED_PICTURES}"
     )
@@ -80,10 +75,6 @@ class EvalFlags(DeviceFlags):
     top_p: float = flag(0.85, "probability mass that sampling draws from")
     max_new_tokens: int = flag(512, "longest answer in tokens; --score stops by the file's own answers")
     stream: bool = flag(False, "print an answer while it is generated")
-    vision_model_path: str | None = optional_flag(
-        "folder of the image encoder of a .pth; if not given: what it was trained with"
-    )
-    tokenizer_path: str | None = optional_flag("folder of its tokenizer; if not given: likewise")
     seed: int = flag(1337, "seed of sampling")
 
     def __post_init__(self) -> None:

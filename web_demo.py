@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import gradio as gr
 from PIL import Image
 
-from common.cli import DeviceFlags, flag, optional_flag, parse_flags, run_main, user_errors
+from common.cli import ModelFlags, flag, optional_flag, parse_flags, run_main, user_errors
 from common.distributed import resolve_dtype, runtime
 from common.setup import find_weight
 from inference.ask import default_weight
@@ -33,7 +33,7 @@ MAX_PIXELS = 32_000_000  # Pillow refuses pictures of twice as many
 
 
 @dataclass
-class DemoFlags(DeviceFlags):
+class DemoFlags(ModelFlags):
     """ValueError names a flag whose value makes no sense."""
 
     weight: str | None = optional_flag(
@@ -44,10 +44,6 @@ class DemoFlags(DeviceFlags):
     port: int = flag(7860, "port to listen on")
     share: bool = flag(False, "also offer a public address, by a tunnel through Gradio's servers")
     max_queue: int = flag(32, "questions that may wait; further ones are refused")
-    vision_model_path: str | None = optional_flag(
-        "folder of the image encoder of --weight, a .pth; if not given: what it was trained with"
-    )
-    tokenizer_path: str | None = optional_flag("folder of its tokenizer; if not given: likewise")
 
     def __post_init__(self) -> None:
         if not 0 < self.port < 65536:

@@ -48,12 +48,11 @@ def user_errors(what: str = "") -> Iterator[None]:
 
 
 def flag(
-    default: Any, help_text: str, choices: tuple[str, ...] | None = None, resumable: bool = False
+    default: Any, help_text: str, choices: tuple[str, ...] | None = None, resumable: bool = False, **settings
 ) -> Any:
-    """A field that is a flag; a `resumable` one may change when a run is resumed."""
-    metadata: dict[str, Any] = {"help": help_text, "resumable": resumable}
-    if choices:
-        metadata["choices"] = choices
+    """A field that is a flag; a `resumable` one may change on resume; `settings` are argparse's own."""
+    settings |= {"choices": choices} if choices else {}
+    metadata = {"help": help_text, "resumable": resumable, **settings}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -72,6 +71,16 @@ class DeviceFlags:
     dtype: str = flag(
         "auto", "precision of the forward pass; auto is bfloat16 where the hardware has it", DTYPES
     )
+
+
+@dataclasses.dataclass
+class ModelFlags(DeviceFlags):
+    """Flags of what asks a trained model."""
+
+    vision_model_path: str | None = optional_flag(
+        "folder of the image encoder of a .pth; if not given: what it was trained with"
+    )
+    tokenizer_path: str | None = optional_flag("folder of its tokenizer; if not given: likewise")
 
 
 def check_seed(seed: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import datasets
 import torch
 import transformers
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.cli import UserError
 from common.tokenizer import load_tokenizer, tokenizer_fingerprint
@@ -74,7 +74,7 @@ def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 
 
 def describe(
-    model: transformers.PreTrainedModel,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     stage: str,
     step: int,
@@ -90,11 +90,7 @@ def describe(
         "tokenizer": {"fingerprint": tokenizer_fingerprint(tokenizer), "path": tokenizer.name_or_path},
         "encoder": {"path": arguments.get("vision_model_path"), "config": encoder} if encoder else None,
         "arguments": arguments,
-        "versions": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "datasets": datasets.__version__,
-        },
+        "versions": {library.__name__: library.__version__ for library in (torch, transformers, datasets)},
     }
 
 
@@ -131,10 +127,10 @@ def config_from_shapes(state: dict[str, torch.Tensor], path: Path) -> dict[str, 
 
     Head counts are not in the shapes; the config's defaults are the published ones.
     """
-    layers = {int(match[1]) for key in state if (match := re.match(r"model\.layers\.(\d+)\.", key))}
-    shared = {
-        m[1] for key in state if (m := re.match(r"model\.layers\.0\.mlp\.shared_experts\.(\d+)\.", key))
-    }
+    layers, shared = (
+        {match[1] for key in state if (match := re.match(rf"model\.layers\.{inner}(\d+)\.", key))}
+        for inner in ("", r"0\.mlp\.shared_experts\.")
+    )
     use_moe = "model.layers.0.mlp.gate.weight" in state
     mlp = "model.layers.0.mlp.experts.0" if use_moe else "model.layers.0.mlp"
     try:
@@ -164,15 +160,9 @@ def check_sizes(sidecar: Sidecar, wanted: dict[str, Any], path: Path) -> None:
 
 def describe_published_weights(path: Path, tokenizer_dir: Path, stage: str) -> Path:
     """Writes the sidecar of a bare published `.pth` next to it and returns the sidecar's path."""
-    state, _ = load_weights_file(path)
-    tokenizer = load_tokenizer(str(tokenizer_dir))
-    sidecar = {
-        "stage": stage,
-        "step": None,
-        "config": config_from_shapes(state, path),
-        "tokenizer": {"fingerprint": tokenizer_fingerprint(tokenizer), "path": str(tokenizer_dir)},
-        "encoder": None,
-    }
-    target = path.with_suffix(".json")
-    write_json(target, sidecar)
-    return target
+    config = config_from_shapes(load_weights_file(path)[0], path)
+    fingerprint = tokenizer_fingerprint(load_tokenizer(str(tokenizer_dir)))
+    tokenizer = {"fingerprint": fingerprint, "path": str(tokenizer_dir)}
+    about = {"stage": stage, "step": None, "config": config, "tokenizer": tokenizer, "encoder": None}
+    write_json(path.with_suffix(".json"), about)
+    return path.with_suffix(".json")

@@ -287,7 +287,14 @@ class MiniMindVLM(MiniMindForCausalLM):
         broken = (lengths > tokens) & (lengths % tokens != 0)
         found = torch.zeros_like(image_counts).index_add_(0, rows, images)  # (B,)
         if bool(broken.any() | (found != image_counts).any()):
-            raise ValueError(_describe_mismatch(tokens, rows, lengths, broken, found, image_counts))
+            if broken.any():
+                row, length = rows[broken][0].item(), lengths[broken][0].item()
+                raise ValueError(
+                    f"row {row}: a run of {length} image placeholders is not a multiple of {tokens}"
+                )
+            row = (found != image_counts).nonzero()[0].item()
+            runs = f"{found[row].item()} runs of {tokens} image placeholders"
+            raise ValueError(f"row {row}: {runs}, but {image_counts[row].item()} images")
         run_of_token = (starts.flatten().cumsum(0) - 1).view_as(starts)  # meaningful inside runs
         is_image = nn.functional.pad(images > 0, (0, 1))  # one more, for tokens before the first run
         return placeholder & is_image[run_of_token]
@@ -349,21 +356,3 @@ def load_weights(
 def without_encoder(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What is stored of a model: the encoder never changes."""
     return {key: value for key, value in state_dict.items() if not key.startswith("vision_encoder.")}
-
-
-def _describe_mismatch(
-    tokens: int,
-    rows: torch.Tensor,
-    lengths: torch.Tensor,
-    broken: torch.Tensor,
-    found: torch.Tensor,
-    image_counts: torch.Tensor,
-) -> str:
-    if broken.any():
-        row, length = rows[broken][0].item(), lengths[broken][0].item()
-        return f"row {row}: a run of {length} image placeholders is not a multiple of {tokens}"
-    row = (found != image_counts).nonzero()[0].item()
-    return (
-        f"row {row}: {found[row].item()} runs of {tokens} image placeholders, "
-        f"but {image_counts[row].item()} images"
-    )

@@ -23,12 +23,13 @@ from plot_metrics import draw_panel, import_figure, panels_of, read
 
 from common.cli import UserError, run_main, user_errors
 from common.setup import DEFAULT_ENCODER, build_vlm, load_base, load_vlm
-from common.weights import Sidecar, weight_name, write_file
+from common.weights import Sidecar, write_file
 from dataset.images import SHIPPED_PICTURES, open_image, pictures_in
 from inference.chat import Sampling, encode_picture, stream_answer
 from inference.picture_report import data_uri
 from model.model_vlm import MiniMindVLM
 from model.processing_vlm import MiniMindVLMProcessor
+from trainer.stage import find_base
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURES = ROOT / SHIPPED_PICTURES
@@ -228,7 +229,9 @@ def sample_answers(run: Run) -> tuple[list[dict[str, Any]], str]:
             return [], f"{needed.name} is not there."
     try:
         model, processor = load_vlm(str(run.weights))
-        base = find_base(run)
+        flags = {"from_weight": None, "hidden_size": None, "use_moe": None} | run.arguments
+        base = find_base(argparse.Namespace(**flags | {"out_dir": run.weights.parent}), BASES[run.stage])
+        base = base if base and base.is_file() else None
         pictures = [open_image(str(path), path.name) for path in pictures_in(PICTURES)]
         features = [encode_picture(model, processor, picture) for picture in pictures]
         after = answers(model, processor, features)
@@ -248,26 +251,11 @@ def sample_answers(run: Run) -> tuple[list[dict[str, Any]], str]:
         start = "It started from fresh weights" if fresh else "The weights that it started from are not there"
         missing = f"{start}, so only the answers after it."
     shown = zip(pictures_in(PICTURES), before, after, strict=True)
-    return [
-        {
-            "name": path.stem.replace("_", " "),
-            "uri": data_uri(path.read_bytes(), mimetypes.guess_type(path)[0]),
-            "before": first,
-            "after": second,
-        }
-        for path, first, second in shown
-    ], missing
-
-
-def find_base(run: Run) -> Path | None:
-    """The weights that the run started from, None if there were none or they are gone."""
-    given, flags = run.arguments.get("from_weight"), run.arguments
-    if given is not None:
-        places = [Path(given)]
-    else:
-        sizes = flags.get("hidden_size", 512), flags.get("use_moe", False)
-        places = [run.weights.parent / weight_name(stage, *sizes) for stage in BASES[run.stage]]
-    return next((path for path in places if path.is_file()), None)
+    found = []
+    for path, first, second in shown:
+        uri = data_uri(path.read_bytes(), mimetypes.guess_type(path)[0])
+        found.append({"name": path.stem.replace("_", " "), "uri": uri, "before": first, "after": second})
+    return found, missing
 
 
 def answers(model: MiniMindVLM, processor: MiniMindVLMProcessor, features: list[torch.Tensor]) -> list[str]:

@@ -16,6 +16,10 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.cli import UserError, run_main, user_errors
+
 TOKENIZER_DIR = Path(__file__).resolve().parents[1] / "model" / "tokenizer"
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # ids 0, 1, 2
 
@@ -65,13 +69,11 @@ CHINESE_PICTURE_WORDS = """
 
 def main() -> None:
     args = parse_args()
-    try:
+    with user_errors():
         args.out.mkdir(parents=True, exist_ok=True)
         texts = lines_of(args.files) if args.files else wordfreq_texts(args.seed)
         tokenizer = train(texts, args.vocab_size)
         save(tokenizer, args.out)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
     learned = tokenizer.get_vocab_size()
     print(f"{learned} tokens written to {args.out}")
     if learned < args.vocab_size:
@@ -82,12 +84,8 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument(
-        "--files", type=Path, nargs="+", help="UTF-8 text files; without them, word frequencies"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=TOKENIZER_DIR, help="folder that gets the tokenizer's files"
-    )
+    parser.add_argument("--files", type=Path, nargs="+", help="UTF-8 texts; without any, word frequencies")
+    parser.add_argument("--out", type=Path, default=TOKENIZER_DIR, help="folder for the tokenizer's files")
     parser.add_argument("--vocab_size", type=int, default=6400, help="ids, special tokens and bytes included")
     parser.add_argument("--seed", type=int, default=1337, help="of the words drawn by frequency")
     args = parser.parse_args()
@@ -156,10 +154,10 @@ def wordfreq_texts(seed: int) -> Iterator[str]:
     try:
         from wordfreq import get_frequency_dict
     except ImportError:
-        sys.exit(
-            "error: the package wordfreq is not installed: run `pip install wordfreq==3.1.1` (for this script"
-            " only), or give text of your own with --files"
-        )
+        raise UserError(
+            "the package wordfreq is not installed: run `pip install wordfreq==3.1.1` (for this script), "
+            "or give text of your own with --files"
+        ) from None
     rng = random.Random(seed)
     # The roles stand in every prompt, so they are worth a token each.
     yield from ["system\nYou are a helpful assistant\nuser\nassistant\n"] * 2000
@@ -226,4 +224,4 @@ def number(rng: random.Random) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -66,7 +66,7 @@ class TrainingFlags(DeviceFlags):
     keep_checkpoints: int = flag(2, "how many of the newest training states stay on the disk", resumable=True)
     resume: str = flag(
         "auto",
-        "auto: go on with an unfinished run of the same flags; never: start over; or a checkpoint's folder",
+        "auto: go on with an unfinished run; never: start over; or a checkpoint's folder",
         resumable=True,
     )
     resume_override: bool = flag(
@@ -76,15 +76,13 @@ class TrainingFlags(DeviceFlags):
     eval_interval: int = flag(1000, "optimizer steps between two such measurements", resumable=True)
     on_bad_sample: str = flag(
         "skip",
-        "a row that is not usable, such as one with a broken picture, is skipped and listed, or ends the run",
+        "rows that are not usable: skip and list them, or end the run",
         ON_BAD_SAMPLE,
         resumable=True,
     )
-    max_bad_steps: int = flag(
-        10, "how many steps in a row may be skipped for a loss or gradient that is not finite", resumable=True
-    )
+    max_bad_steps: int = flag(10, "steps in a row that may be skipped as not finite", resumable=True)
     loss_spike: float | None = optional_flag(
-        "skip a step whose loss is above this many times the running mean of the loss", resumable=True
+        "skip steps whose loss is above so many times its mean", resumable=True
     )
     timeout_seconds: float = flag(1800.0, "how long a rank waits for the others", resumable=True)
     tracker: str | None = flag(
@@ -128,7 +126,5 @@ class VLMTrainingFlags(TrainingFlags):
         "folder for the encoder's outputs: encode each image only once", resumable=True
     )
     cache_dtype: str = flag(
-        "float16",
-        "precision in --cache_features; int8, with a scale for each token, halves the disk",
-        CACHE_DTYPES,
+        "float16", "precision in --cache_features; int8, scaled for each token, halves the disk", CACHE_DTYPES
     )

@@ -88,15 +88,9 @@ def run_stage(flags: TrainingFlags, stage: str, bases: tuple[str, ...]) -> int:
         if flags.eval_data_path:
             eval_samples = open_samples(flags.eval_data_path, model, processor, flags, run)
         learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        log.info(
-            "%s: %s rows, %.2fM weights learn, from %s, on %s x %d",
-            stage,
-            f"{len(samples):,}",
-            learning / 1e6,
-            checkpoint.folder if checkpoint else base or "scratch",
-            run.device,
-            run.world_size,
-        )
+        what = f"{len(samples):,} rows, {learning / 1e6:.2f}M weights learn"
+        start = checkpoint.folder if checkpoint else base or "scratch"
+        log.info("%s: %s, from %s, on %s x %d", stage, what, start, run.device, run.world_size)
         run.catch_signals()
         run.limit_waiting(flags.timeout_seconds)
         about = {"settings": settings, "arguments": arguments}

@@ -30,14 +30,8 @@ def perplexity(
     model, processor = speaker.model, speaker.processor
     longest = model.config.max_position_embeddings
     samples = VLMDataset([Path(path)], processor, longest, Path(images_path) if images_path else None)
-    flags = VLMTrainingFlags(
-        data_path=[path],
-        batch_size=batch_size,
-        dtype=dtype,
-        max_seq_len=longest,
-        num_workers=0,
-        on_bad_sample="error",
-    )
+    how = {"batch_size": batch_size, "dtype": dtype, "max_seq_len": longest, "num_workers": 0}
+    flags = VLMTrainingFlags(data_path=[path], on_bad_sample="error", **how)
     found = measured(model, samples, flags, run) | {"blank": None}
     if baseline and next(samples.image_paths(), None):
         grey = encode_picture(model, processor, Image.new("RGB", (224, 224), MID_GREY)).cpu()  # (P, W)

@@ -17,6 +17,7 @@ import tempfile
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -251,9 +252,15 @@ class Bench:
     def train(self, samples: VLMDataset, max_steps: int | None = None) -> list[dict]:
         self.model.load_state_dict(self.initial, strict=False)  # every mode and repeat starts from the same
         self.flags.max_steps = max_steps
-        steps = Steps()
+        steps: list[dict] = []  # what each reports: what is timed is training, without saving and writing
+
+        def nothing(*_: Any) -> None: ...
+
+        checkpoints = SimpleNamespace(take_error=nothing, save=nothing, wait=nothing)
+        metrics = SimpleNamespace(step=lambda _, **sums: steps.append(sums), report=nothing)
+        vars(metrics).update(take_error=nothing, state=dict, paused=nullcontext)
         total_steps = planned_steps(step_sampler(samples, self.flags, self.run), self.flags)
-        train(self.model, samples, None, self.flags, self.run, steps, NoCheckpoints(), total_steps)
+        train(self.model, samples, None, self.flags, self.run, metrics, checkpoints, total_steps)
         return steps
 
     def samples(self, repeat: int) -> VLMDataset:
@@ -295,38 +302,6 @@ def random_vlm(
     vision = CLIPVisionConfig(patch_size=16, num_hidden_layers=options.vision_layers)
     config = VLMConfig(**sizes, **special_ids(tokenizer), use_moe=use_moe, vision_config=vision)
     return kind(config, None), MiniMindVLMProcessor(CLIPImageProcessorPil(), tokenizer)
-
-
-class NoCheckpoints:
-    """Stands where the loop saves: what is timed is training."""
-
-    def take_error(self) -> None:
-        pass
-
-    def save(self, *_: Any) -> None:
-        pass
-
-    def wait(self) -> None:
-        pass
-
-
-class Steps(list):
-    """Stands where the loop expects its metrics, and keeps what each step reports."""
-
-    def step(self, _: int, **sums: Any) -> None:
-        self.append(sums)
-
-    def report(self, *_: Any) -> None:
-        pass
-
-    def take_error(self) -> None:
-        pass
-
-    def state(self) -> dict:
-        return {}
-
-    def paused(self) -> nullcontext:
-        return nullcontext()
 
 
 class CountingCollate:

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -30,10 +30,7 @@ class LoadFlags:
     url: str = flag("http://127.0.0.1:7860", "address of the running web_demo.py")
     chats: int = flag(20, "clients that chat at once")
     image_dir: str = flag(SHIPPED_PICTURES, "folder of the pictures; each chat takes the next one")
-    prompt: list[str] = field(
-        default_factory=list,
-        metadata={"help": "the turns of a chat, in their order; if not given: two", "action": "extend"},
-    )
+    prompt: list[str] = flag([], "the turns of a chat; if not given: two", action="extend")
 
     def __post_init__(self) -> None:
         if self.chats <= 0:
