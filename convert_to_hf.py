@@ -115,13 +115,8 @@ def write_export(folder: Path, model: MiniMindVLM, processor: MiniMindVLMProcess
     config.architectures, config.auto_map = [type(model).__name__], AUTO_MAP
     config.dtype = torch.float32  # what the model loads in by default: fp16 is slow on CPUs and may overflow
     config.save_pretrained(folder)
-    GenerationConfig(
-        do_sample=False,
-        max_new_tokens=512,
-        bos_token_id=config.bos_token_id,
-        eos_token_id=config.eos_token_id,
-        pad_token_id=config.pad_token_id,
-    ).save_pretrained(folder)
+    ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    GenerationConfig(do_sample=False, max_new_tokens=512, **ids).save_pretrained(folder)
 
     settings = processor.tokenizer.init_kwargs  # what goes to tokenizer_config.json
     settings["padding_side"] = processor.tokenizer.padding_side = "left"  # pipelines that batch pad by it

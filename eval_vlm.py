@@ -9,32 +9,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.cli import (
-    ModelFlags,
-    UserError,
-    check_seed,
-    flag,
-    optional_flag,
-    parse_flags,
-    run_main,
-    user_errors,
-)
+from common.cli import ModelFlags, UserError, check_seed, flag, parse_flags, run_main, user_errors
 from common.distributed import Runtime, autocast, resolve_dtype, runtime
 from common.setup import load_vlm
 from common.weights import write_json
 from dataset.images import PICTURE_SUFFIXES, SHIPPED_PICTURES, pictures_in
 from dataset.rows import load_rows
 from inference.answers import Question, check_pictures, pictures_of, questions_of
-from inference.ask import (
-    DEMO_FOLDER,
-    PUBLISHED_NAME,
-    UNPRINTABLE,
-    Answer,
-    Speaker,
-    TerminalStreamer,
-    ask,
-    default_weight,
-)
+from inference.ask import DEFAULT_WEIGHT, UNPRINTABLE, Answer, Speaker, TerminalStreamer, ask, default_weight
 from inference.chat import Sampling
 
 log = logging.getLogger(__name__)
@@ -49,16 +31,16 @@ class EvalFlags(ModelFlags):
     weight: list[str] = flag(
         [],
         "a .pth, the name of one in out/, or an exported folder; several are compared; if not given: "
-        f"{PUBLISHED_NAME}, else the newest sft_vlm_*.pth in {DEMO_FOLDER}/",
+        + DEFAULT_WEIGHT,
         action="extend",
     )
     image: list[str] = flag([], "picture to ask about; several are one question", action="extend")
-    image_dir: str | None = optional_flag(
-        f"folder whose pictures are asked about one by one; if not given: {SHIPPED_PICTURES}"
+    image_dir: str | None = flag(
+        None, f"folder whose pictures are asked about one by one; if not given: {SHIPPED_PICTURES}"
     )
     prompt: str = flag(DEFAULT_PROMPT, "question about --image or --image_dir")
     chat: bool = flag(False, "talk about pictures in the terminal, beginning with --image; /help tells how")
-    data_path: str | None = optional_flag("JSONL or JSON file whose questions are asked instead")
+    data_path: str | None = flag(None, "JSONL or JSON file whose questions are asked instead")
     images_path: str = flag("", "folder that relative image paths of --data_path start from")
     score: bool = flag(False, "greedy answers to --data_path, compared with the file's own")
     perplexity: bool = flag(False, "how well --data_path's own answers, or texts, are expected")
@@ -66,9 +48,10 @@ class EvalFlags(ModelFlags):
     blank_baseline: bool = flag(
         True, "with --score and --perplexity: do it all again with mid-grey pictures, as a baseline"
     )
-    report: str | None = optional_flag(
+    report: str | None = flag(
+        None,
         "with --score or --perplexity: JSON file for all figures and answers; otherwise a page of pictures "
-        "and answers, .html or .md"
+        "and answers, .html or .md",
     )
     batch_size: int = flag(32, "questions answered at once with --score, rows with --perplexity")
     temperature: float = flag(0.65, "of sampling; 0 takes the likeliest token. --score is always greedy")

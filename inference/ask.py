@@ -15,6 +15,7 @@ from model.processing_vlm import MiniMindVLMProcessor
 
 PUBLISHED_NAME = Path("out/sft_vlm_512.pth")
 DEMO_FOLDER = Path("out/demo")
+DEFAULT_WEIGHT = f"{PUBLISHED_NAME}, else the newest sft_vlm_*.pth in {DEMO_FOLDER}/"
 # A model may say anything: control characters would reach the terminal as commands.
 UNPRINTABLE = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 

@@ -137,13 +137,9 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values = DynamicCache(config=self.config)
         only_loss = labels is not None and args.get("skip_logits", False)
         positions, targets = supervised_positions(labels) if labels is not None else (None, None)
+        wanted = positions if only_loss else None
         hidden, aux_loss = self.model(
-            input_ids,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            inputs_embeds,
-            positions if only_loss else None,
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, wanted
         )
         loss, logits = None, None
         if labels is not None:
@@ -224,10 +220,7 @@ class MiniMindModel(nn.Module):
                 position_ids = (padding_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]  # (B, T)
             else:
                 position_ids = torch.arange(length, device=hidden.device)[None] + past  # (1, T)
-        rope = (
-            self.freqs_cos[position_ids].unsqueeze(1),
-            self.freqs_sin[position_ids].unsqueeze(1),
-        )  # (B, 1, T, D)
+        rope = tuple(table[position_ids].unsqueeze(1) for table in (self.freqs_cos, self.freqs_sin))
         aux_loss = torch.zeros((), device=hidden.device)
         last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):
@@ -337,14 +330,10 @@ class Attention(nn.Module):
         grouped = mask is None or not hidden.is_cuda
         if not grouped:
             key, value = key.repeat_interleave(self.groups, 1), value.repeat_interleave(self.groups, 1)
+        options = {"attn_mask": mask, "is_causal": is_causal, "enable_gqa": grouped}
+        dropout = self.dropout if self.training else 0.0
         output = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=is_causal,
-            enable_gqa=grouped,
+            query, key, value, dropout_p=dropout, **options
         )  # (B, H, T, D)
         return self.resid_dropout(self.o_proj(output.transpose(1, 2).reshape(B, T, C)))
 
@@ -381,9 +370,8 @@ class MoE(nn.Module):
         weights, choices = scores.topk(self.config.num_experts_per_tok, dim=-1, sorted=False)  # (B, T, k)
         if self.config.num_experts_per_tok > 1 and self.config.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        output = self._routed(hidden.flatten(0, 1), choices.flatten(0, 1), weights.flatten(0, 1)).view_as(
-            hidden
-        )
+        flat = (states.flatten(0, 1) for states in (hidden, choices, weights))  # (N, ...)
+        output = self._routed(*flat).view_as(hidden)
         for expert in self.shared_experts:
             output = output + expert(hidden)
         return output, self._balance_loss(scores, choices, sequences) if self.training else None

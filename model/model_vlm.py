@@ -185,16 +185,8 @@ class MiniMindVLM(MiniMindForCausalLM):
             )
             embedded = self.model.embed(input_ids)
             args["inputs_embeds"] = self._insert_features(input_ids, embedded, features, image_counts)
-        return super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-            labels=labels,
-            position_ids=position_ids,
-            **args,
-        )
+        args |= {"labels": labels, "position_ids": position_ids}
+        return super().forward(input_ids, attention_mask, past_key_values, use_cache, logits_to_keep, **args)
 
     def count_vision_proj(
         self,

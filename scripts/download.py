@@ -159,7 +159,8 @@ def is_published(file: HubFile) -> bool:
 
 
 def check_free_space(files: list[HubFile]) -> None:
-    needed: Counter[int] = Counter()
+    """Says what is to be fetched; UserError where that and what it holds does not fit on a disk."""
+    needed, folders = Counter(), {}
     for file in files:
         is_here = file.target.exists()
         what = "already here" if is_here else "to download"
@@ -167,9 +168,10 @@ def check_free_space(files: list[HubFile]) -> None:
         # Pictures and the vision part are written while what holds them is still there.
         holds_more = ARCHIVE.search(file.target.name) or file.target.suffix in (".safetensors", ".bin")
         folder = next(parent for parent in file.target.absolute().parents if parent.exists())
-        disk, free = folder.stat().st_dev, shutil.disk_usage(folder).free
-        needed[disk] += file.size * ((not is_here) + bool(holds_more))
-        if needed[disk] > free:
+        folders[folder.stat().st_dev] = folder
+        needed[folder.stat().st_dev] += file.size * ((not is_here) + bool(holds_more))
+    for disk, folder in folders.items():
+        if needed[disk] > (free := shutil.disk_usage(folder).free):
             told = f"{readable(needed[disk])}B needed (download, and what is unpacked from it)"
             raise UserError(f"not enough space on the disk of {folder}: {told}, {readable(free)}B free")
 

@@ -193,9 +193,7 @@ def english_texts(frequencies: dict[str, float], rng: random.Random) -> Iterator
         if rng.random() < 0.7:
             sentence[length // 2] += ","
         before = rng.choice(["", " ", " "])
-        yield (
-            before + " ".join(sentence) + rng.choice([".", ".", ".", ".", ".", ".", "!", "?", ":", ";", '."'])
-        )
+        yield before + " ".join(sentence) + rng.choice([*"......!?:;", '."'])
 
 
 def sampler(
@@ -218,9 +216,8 @@ def lengths(total: int, low: int, high: int, rng: random.Random) -> Iterator[int
 
 
 def number(rng: random.Random) -> str:
-    return str(
-        rng.choice([rng.randint(0, 9), rng.randint(10, 99), rng.randint(100, 999), rng.randint(1950, 2030)])
-    )
+    ranges = (0, 9), (10, 99), (100, 999), (1950, 2030)
+    return str(rng.choice([rng.randint(*bounds) for bounds in ranges]))
 
 
 if __name__ == "__main__":

@@ -43,14 +43,10 @@ def step_loader(
     samples: VLMDataset, sampler: StepSampler, flags: TrainingFlags, runtime: Runtime
 ) -> Iterator:
     """What is left of the sampler's epoch: each item is a step's micro-batches, or its DataError."""
+    pad_token_id = samples.processor.tokenizer.pad_token_id
+    layout = flags.max_seq_len if flags.pack else None, COMPILED_MULTIPLE if flags.compile else 1
     loader = DataLoader(
-        StepDataset(
-            samples,
-            samples.processor.tokenizer.pad_token_id,
-            flags.max_seq_len if flags.pack else None,
-            COMPILED_MULTIPLE if flags.compile else 1,
-            skip_bad=flags.on_bad_sample == "skip",
-        ),
+        StepDataset(samples, pad_token_id, *layout, skip_bad=flags.on_bad_sample == "skip"),
         batch_size=None,
         sampler=sampler,
         num_workers=flags.num_workers,

@@ -52,14 +52,8 @@ class Metrics:
             if runtime.is_main:
                 for path in (run_dir / "metrics.jsonl", self.bad_samples, self.bad_batches):
                     keep_steps(path, resumed_step)
-        self.bar = tqdm(
-            total=total_steps,
-            initial=resumed_step,
-            desc=description,
-            unit="step",
-            disable=not runtime.is_main,
-            mininterval=0.5,
-        )
+        where = {"total": total_steps, "initial": resumed_step, "disable": not runtime.is_main}
+        self.bar = tqdm(**where, desc=description, unit="step", mininterval=0.5)
         self.redirect = logging_redirect_tqdm()
         self.redirect.__enter__()
         self.start = self.interval_start = time.perf_counter()

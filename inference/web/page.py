@@ -94,15 +94,9 @@ def build_page(demo: Demo) -> gr.Blocks:
                 with gr.Accordion(say("settings"), open=False):
                     system = gr.Textbox("", label=say("system"), lines=2, max_length=2000)
                     published = Sampling()
+                    told = {"label": say("temperature"), "info": say("temperature_info")}
                     sampling = [
-                        gr.Slider(
-                            0,
-                            2,
-                            published.temperature,
-                            step=0.05,
-                            label=say("temperature"),
-                            info=say("temperature_info"),
-                        ),
+                        gr.Slider(0, 2, published.temperature, step=0.05, **told),
                         gr.Slider(0.05, 1, published.top_p, step=0.05, label=say("top_p")),
                         gr.Slider(1, 1024, published.max_new_tokens, step=1, label=say("max_new_tokens")),
                     ]

@@ -7,7 +7,6 @@ over experts, asks one question at a time, and works in float32; `default` is wh
 `cached` adds --cache_features.
 """
 
-import argparse
 import json
 import math
 import multiprocessing
@@ -15,6 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,9 +61,7 @@ ANSWER_TOKENS = 32
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--stages", nargs="*", choices=STAGES, default=STAGES, help="what is compared")
     parser.add_argument("--repeats", type=int, default=3, help="measurements of each figure, in turns")
     parser.add_argument("--rows", type=int, default=256, help="rows whose lengths are drawn")
@@ -75,12 +73,9 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto", help="of default and cached; published is float32")
     parser.add_argument("--device", help="cuda or cpu; if not given: the best there is")
     parser.add_argument("--compile", action="store_true", help="default and cached run compiled")
-    parser.add_argument(
-        "--scaling", action="store_true", help="also time and memory against lengths and sizes"
-    )
-    parser.add_argument(
-        "--scaling_rows", nargs="+", type=int, default=[1000, 100_000, 1_000_000], help="rows of its files"
-    )
+    parser.add_argument("--scaling", action="store_true", help="also time and memory against sizes")
+    rows = [1000, 100_000, 1_000_000]
+    parser.add_argument("--scaling_rows", nargs="+", type=int, default=rows, help="rows of its files")
     parser.add_argument("--json", type=Path, help="file for every figure")
     parser.add_argument("--plot", type=Path, help="PNG file for the ratios")
     options = parser.parse_args()
@@ -112,7 +107,7 @@ def main() -> None:
         plot(report, options.plot)
 
 
-def write_rows(folder: Path, stage: str, options: argparse.Namespace) -> None:
+def write_rows(folder: Path, stage: str, options: Namespace) -> None:
     """A JSONL file for each repeat: steps spread over those that all `options.rows` rows, sorted, make."""
     longest, mean = LENGTHS[stage]
     rng = np.random.default_rng(1337)
@@ -140,7 +135,7 @@ def write_rows(folder: Path, stage: str, options: argparse.Namespace) -> None:
 # One stage: a process for each mode, which take turns
 
 
-def compare(stage: str, folder: Path, options: argparse.Namespace) -> dict[str, dict]:
+def compare(stage: str, folder: Path, options: Namespace) -> dict[str, dict]:
     """Figures of each mode: a list over the repeats, or one value where it cannot vary."""
     spawn = multiprocessing.get_context("spawn")
     workers = {}
@@ -179,7 +174,7 @@ def compare(stage: str, folder: Path, options: argparse.Namespace) -> dict[str, 
     return results
 
 
-def work(pipe: Any, stage: str, mode: str, folder: Path, options: argparse.Namespace) -> None:
+def work(pipe: Any, stage: str, mode: str, folder: Path, options: Namespace) -> None:
     """A process: builds the model, says that it is ready, measures each repeat that it is asked for."""
     with runtime(options.device, 1337) as run:
         bench = Bench(stage, mode, folder, options, run)
@@ -192,7 +187,7 @@ def work(pipe: Any, stage: str, mode: str, folder: Path, options: argparse.Names
 class Bench:
     """A stage in one mode."""
 
-    def __init__(self, stage: str, mode: str, folder: Path, options: argparse.Namespace, run: Any):
+    def __init__(self, stage: str, mode: str, folder: Path, options: Namespace, run: Any):
         self.stage, self.mode, self.folder, self.options, self.run = stage, mode, folder, options, run
         self.counter = CountingCollate(LENGTHS[stage][0] if mode == "published" else None)
         dataset.collate.collate = self.counter
@@ -294,7 +289,7 @@ class Bench:
 
 
 def random_vlm(
-    options: argparse.Namespace, use_moe: bool = False, kind: type[MiniMindVLM] = MiniMindVLM
+    options: Namespace, use_moe: bool = False, kind: type[MiniMindVLM] = MiniMindVLM
 ) -> tuple[MiniMindVLM, MiniMindVLMProcessor]:
     """A model of the sizes in `options` with random weights, its encoder's too, and its processor."""
     tokenizer = load_tokenizer(str(ROOT / DEFAULT_TOKENIZER))
@@ -341,7 +336,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def device_of(options: argparse.Namespace) -> torch.device:
+def device_of(options: Namespace) -> torch.device:
     return torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 

@@ -5,11 +5,11 @@ Random weights, one stream, greedy; in fp32 on a CPU unless flags say otherwise.
 chat does: the picture is prepared and encoded, the prompt is read, tokens are generated.
 """
 
-import argparse
 import json
 import statistics
 import sys
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import numpy as np
@@ -32,17 +32,13 @@ QUESTION = [{"role": "user", "content": "What is in the picture, and where?"}]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5, help="measurements; medians are shown")
     parser.add_argument("--tokens", type=int, default=128, help="tokens of the answer")
     parser.add_argument("--hidden_size", type=int, default=512, help="width of the language model")
     parser.add_argument("--num_hidden_layers", type=int, default=8, help="its layers")
     parser.add_argument("--vision_layers", type=int, default=12, help="layers of the encoder, else ViT-B/16")
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="auto is what the hardware is fast in"
-    )
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="auto: what is fast here")
     parser.add_argument("--device", default="cpu", help="cuda or cpu")
     parser.add_argument("--json", type=Path, help="file for every figure")
     options = parser.parse_args()

@@ -5,12 +5,12 @@ eval_unseen.jsonl is about pictures made of the held-out set's drawings, everyth
 The same arguments give the same bytes; what is already there is not made again.
 """
 
-import argparse
 import hashlib
 import json
 import os
 import shutil
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -29,9 +29,7 @@ PICTURES_PER_TASK = 1000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--out_dir", type=Path, required=True, help="folder to write (replaced as a whole)")
     parser.add_argument("--pictures", type=int, default=20000, help="training pictures")
     parser.add_argument("--questions", type=int, default=1000, help="questions of each of the two tests")

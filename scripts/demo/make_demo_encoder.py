@@ -6,10 +6,10 @@ patch lies. The held-out style never occurs in training; the score is measured o
     python scripts/demo/make_demo_encoder.py --resume out/demo_encoder/state.pt --steps 5000
 """
 
-import argparse
 import json
 import math
 import time
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -33,9 +33,7 @@ PLACE_WEIGHT = 0.1
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "model/vision_model/demo-encoder", help="folder")
     parser.add_argument(
         "--state_dir", type=Path, default=ROOT / "out/demo_encoder", help="state and snapshots"
@@ -53,7 +51,7 @@ def main() -> None:
     train(parser.parse_args())
 
 
-def train(args: argparse.Namespace) -> None:
+def train(args: Namespace) -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     classes = {concept["en"]: number for number, concept in enumerate(load_world()["concepts"], 1)}
@@ -163,7 +161,7 @@ def resume(
     return state["step"], state["seconds"]
 
 
-def record(args: argparse.Namespace, model: nn.Module, steps: int, seconds: float, scores: dict) -> dict:
+def record(args: Namespace, model: nn.Module, steps: int, seconds: float, scores: dict) -> dict:
     """What training.json says."""
     world = load_world()
     return {

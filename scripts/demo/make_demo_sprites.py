@@ -6,10 +6,10 @@ The drawings come from npm, the renderer from PyPI; neither is needed by anythin
     python scripts/demo/make_demo_sprites.py --icons icons/node_modules/@iconify-json
 """
 
-import argparse
 import io
 import json
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import pyarrow as pa
@@ -23,9 +23,7 @@ RENDER_SIZE = 256  # drawn large, then reduced: thin lines survive better than w
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument(
         "--icons", type=Path, required=True, help="folder that holds SET/icons.json of each set"
     )

@@ -172,15 +172,10 @@ def write_task(
     place = folder / "tasks" / family
     place.mkdir(parents=True, exist_ok=True)
     table.to_parquet(place / "rows.parquet")
-    metrics = [
-        METRIC.format(
-            name=name,
-            aggregation=name.replace("pope", "pope_aggregate")
-            if family == "pope"
-            else "mmmu_aggregate_results",
-        )
-        for name in EXPECTED[task]
-    ]
+    metrics = []
+    for name in EXPECTED[task]:
+        aggregation = name.replace("pope", "pope_aggregate") if family == "pope" else "mmmu_aggregate_results"
+        metrics.append(METRIC.format(name=name, aggregation=aggregation))
     lines = "".join(FUNCTION.format(name=name, family=family) for name in functions)
     text = TASK.format(
         task=task,
