@@ -135,9 +135,11 @@ def build_page(demo: Demo) -> gr.Blocks:
 
 
 def fill_in(selected: gr.SelectData) -> dict[str, Any]:
-    """An example's text and pictures, as the textbox has them."""
-    files = [file if isinstance(file, str) else file["path"] for file in selected.value.get("files", [])]
-    return {"text": selected.value["text"], "files": files}
+    """Text and pictures of the example of that number: Gradio would serve whatever file the browser named."""
+    chosen = next((one for number, one in enumerate(examples()) if number == selected.index), None)
+    if chosen is None:
+        raise gr.Error("There is no such example.", print_exception=False)
+    return {"text": chosen["text"], "files": chosen["files"]}
 
 
 def examples() -> list[dict[str, Any]]:

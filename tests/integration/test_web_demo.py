@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import gradio as gr
+import httpx
 import pytest
 import torch
 from conftest import COLOURS, ROOT, TINY_ENCODER
@@ -349,6 +350,31 @@ def test_a_port_in_use_is_one_clear_line(weight, run):
         port = taken.getsockname()[1]
         result = run("web_demo.py", "--weight", weight, "--port", port, expect=1)
     assert re.fullmatch(rf"error: --host 127.0.0.1 --port {port}: .*in use.*\n", result.stderr)
+
+
+def select_example(url: str, told: dict) -> str:
+    """What the server answers to one who says which example was chosen, without a page of ours."""
+    dependencies = httpx.get(f"{url}/config").json()["dependencies"]
+    (chosen,) = [one for one in dependencies if any(event == "example_select" for _, event in one["targets"])]
+    body = {"fn_index": chosen["id"], "data": [], "event_data": told, "session_hash": "visitor"}
+    return httpx.post(f"{url}/gradio_api/run/predict", json=body, timeout=60).text
+
+
+@pytest.mark.parametrize("name", ["out/private_notes.txt", ".git/config"])
+def test_no_file_of_the_server_is_had_by_calling_it_an_example(site, server, name):
+    url = server[0]
+    (site / name).parent.mkdir(exist_ok=True)
+    (site / name).write_text("nobody else's business")
+    said = select_example(url, {"index": 1, "value": {"text": "Forged", "files": [name]}})
+    for address in {f"/gradio_api/file={name}", *re.findall(r"/gradio_api/file=[^\"\\\s]+", said)}:
+        assert "nobody else's business" not in httpx.get(f"{url}{address}").text
+    assert Path(list(EXAMPLES)[1]).name in said and "What is on the left?" in said and "Forged" not in said
+
+
+@pytest.mark.parametrize("index", [99, -1])
+def test_an_example_that_is_none_is_refused(server, index):
+    said = select_example(server[0], {"index": index, "value": {"text": "Forged", "files": []}})
+    assert "no such example" in said and "Forged" not in said
 
 
 def demo_of(weight: Path, *paths: str) -> Demo:
