@@ -4,6 +4,7 @@ A *step* is what one optimizer step consumes: `accumulation_steps` micro-batches
 ranks. Shapes: B rows, T tokens, N most images of a row.
 """
 
+import heapq
 import math
 from collections.abc import Iterator
 
@@ -16,6 +17,7 @@ from dataset.vlm_dataset import Sample, VLMDataset
 from model.processing_vlm import IGNORE_INDEX, image_slots
 
 MASKED_TOKENS = 3000  # a token of such a long sequence costs as much in masked attention as in all else
+PACKINGS = 64  # tried at most, for one batch
 SILENT = Sample(input_ids=[0, 0], labels=[IGNORE_INDEX] * 2)  # keeps ranks in step; counts for nothing
 WINDOW_STEPS = 50  # rows are sorted by length within shuffled windows of this many steps
 
@@ -188,22 +190,25 @@ def collate(
 def pack(lengths: list[int], pack_length: int) -> list[list[int]]:
     """Groups the numbers of `lengths` into sequences of at most `pack_length` tokens, or of one sample.
 
-    Longest first, each into the sequence that is emptiest so far, for each possible number of sequences; the
-    cheapest wins. That is one sample to a sequence, under a causal mask that costs half, where little padding
-    would be saved.
+    Longest first, each into the sequence that is emptiest so far, for the possible numbers of sequences (of
+    many, at most PACKINGS that lie evenly); the cheapest wins. That is one sample to a sequence, under a
+    causal mask that costs half, where little padding would be saved.
     """
     limit = max(pack_length, *lengths)
     best: list[list[int]] = []
     lowest = math.inf
-    for count in range(-(-sum(lengths) // limit), len(lengths) + 1):
+    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    fewest = -(-sum(lengths) // limit)
+    step = -(-(len(lengths) + 1 - fewest) // PACKINGS)
+    for count in range(len(lengths), fewest - 1, -step):
         rows: list[list[int]] = [[] for _ in range(count)]
-        filled = [0] * count
-        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-            emptiest = filled.index(min(filled))
+        filled = [(0, number) for number in range(count)]  # a heap
+        for i in longest_first:
+            length, emptiest = filled[0]
             rows[emptiest].append(i)
-            filled[emptiest] += lengths[i]
-        length = max(filled)
+            heapq.heapreplace(filled, (length + lengths[i], emptiest))
+        length = max(filled)[0]
         cost = count * length * (1 + length / MASKED_TOKENS / (1 if count < len(lengths) else 2))
-        if length <= limit and cost < lowest:
+        if length <= limit and cost <= lowest:
             best, lowest = rows, cost
     return best

@@ -23,6 +23,7 @@ from model.processing_vlm import MiniMindVLMProcessor
 
 SHARD_IMAGES = 1024
 BATCH_IMAGES = 64
+VOLATILE = {"transformers_version", "_name_or_path", "dtype", "architectures"}  # decide no feature
 
 Item = tuple[str, str]  # path of a picture, and the row it stands in, for messages
 
@@ -54,7 +55,7 @@ class FeatureCache:
     def read_shards(self) -> None:
         """Takes note of the shards that are complete, other processes' included."""
         for listing in self.folder.glob("[!.]*.json"):
-            if listing.stem not in self.listed:
+            if listing.stem not in self.listed and listing.with_suffix(".npy").is_file():
                 self.listed.add(listing.stem)
                 for row, digest in enumerate(json.loads(listing.read_text())):
                     self.places[digest] = listing.stem, row
@@ -85,10 +86,11 @@ class FeatureCache:
 def open_feature_cache(
     folder: Path, model: MiniMindVLM, processor: MiniMindVLMProcessor, dtype: str = "float16"
 ) -> FeatureCache:
-    """The cache in `folder` for this encoder, in `dtype`, "float16" or "int8": the encoder's weights, its
-    preprocessing and int8 are part of the key."""
-    settings = json.dumps(processor.image_processor.to_dict(), sort_keys=True, default=str)
-    key = hashlib.sha256(settings.encode())
+    """The cache in `folder` for this encoder, in `dtype`, "float16" or "int8": the encoder's weights, config
+    and preprocessing are part of the key, and so is int8."""
+    config = model.vision_encoder.config.to_dict()
+    settings = [processor.image_processor.to_dict(), {k: config[k] for k in config.keys() - VOLATILE}]
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     if dtype != "float16":
         key.update(dtype.encode())
     for name, tensor in sorted(model.vision_encoder.state_dict().items()):

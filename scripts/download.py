@@ -204,7 +204,10 @@ def unpack(archive: HubFile) -> None:
         inside = temporary / folder.name
         source = inside if inside.is_dir() and len(list(temporary.iterdir())) == 1 else temporary
         (source / MARKER).write_text(json.dumps({"digest": archive.digest}) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)  # empty, or an older version that carries our marker
+        if folder.is_dir() and any(folder.iterdir()):  # an older version, and perhaps files of the user's own
+            before = folder.rename(folder.with_name(f"{folder.name}.before-{archive.digest[:8]}"))
+            write_stdout(f"{before} is what {folder} was: delete it if nothing in it is yours\n")
+        shutil.rmtree(folder, ignore_errors=True)
         source.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -1,6 +1,7 @@
 """Which rows go together, and what a batch holds."""
 
 import itertools
+import time
 
 import numpy as np
 import pytest
@@ -154,6 +155,15 @@ def test_packing_saves_padding(lengths, limit, sequences, tokens):
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
     assert max(filled) <= max(limit, *lengths)
     assert (len(rows), max(filled)) == (sequences, tokens)
+
+
+def test_packing_a_thousand_rows_takes_less_than_a_second():
+    lengths = np.random.default_rng(0).integers(10, 40, 1000).tolist()
+    start = time.perf_counter()
+    rows = pack(lengths, 640)
+    assert time.perf_counter() - start < 1
+    assert sorted(i for row in rows for i in row) == list(range(1000))
+    assert max(sum(lengths[i] for i in row) for row in rows) <= 640
 
 
 def test_packed_rows_keep_their_own_positions_and_pictures(data, processor):

@@ -90,6 +90,24 @@ def test_a_changed_picture_or_encoder_is_noticed(tmp_path, vlm, items, data):
     assert len(open_feature_cache(tmp_path, model, processor).find_missing(items)) == 8
 
 
+def test_another_config_of_the_same_weights_is_another_encoder(tmp_path, items, tokenizer):
+    """Also where nothing else tells, as with another activation; where it came from decides nothing."""
+    model, processor = build_vlm(SIZES, str(TINY_ENCODER), tokenizer)
+    filled(tmp_path, (model, processor), items)
+    model.vision_encoder.config.name_or_path = "elsewhere"
+    assert not open_feature_cache(tmp_path, model, processor).find_missing(items)
+    model.vision_encoder.config.hidden_act = "relu"
+    assert len(open_feature_cache(tmp_path, model, processor).find_missing(items)) == 8
+
+
+def test_a_shard_whose_features_are_gone_does_not_count(tmp_path, vlm, items):
+    cache = filled(tmp_path, vlm, items)
+    (features,) = cache.folder.glob("*.npy")
+    features.unlink()
+    again = filled(tmp_path, vlm, items)
+    assert torch.equal(again[items[0][0]], cache[items[0][0]])
+
+
 def test_an_interrupted_shard_does_not_count(tmp_path, vlm, items):
     cache = filled(tmp_path, vlm, items)
     (listing,) = cache.folder.glob("*.json")

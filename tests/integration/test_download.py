@@ -369,11 +369,15 @@ def test_newer_archive_replaces_what_was_extracted_before(hub, download, tmp_pat
     hub.datasets[DATASET] = {"sft_images.zip": zip_of({"old.jpg": b"1"})}
     assert download("dataset").returncode == 0
     hub.datasets[DATASET] = {"sft_images.zip": zip_of({"new.jpg": b"2"})}
+    (tmp_path / "dataset/sft_images/mine.jpg").write_bytes(b"mine")
 
     result = download("dataset")
 
     assert result.returncode == 0, result.stderr
     assert [path.name for path in (tmp_path / "dataset/sft_images").glob("*.jpg")] == ["new.jpg"]
+    (before,) = (tmp_path / "dataset").glob("sft_images.before-*")
+    assert sorted(path.name for path in before.glob("*.jpg")) == ["mine.jpg", "old.jpg"]
+    assert f"dataset/{before.name} is what dataset/sft_images was" in result.stdout
 
 
 def test_pictures_extracted_by_hand_are_left_alone(hub, download, tmp_path):
