@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from common.cli import UserError, optional_flag, parse_flags, run_main, user_errors
+from common.cli import UserError, WeightFlags, optional_flag, parse_flags, run_main, user_errors
 from common.setup import find_weight, load_export, load_pth
 from common.weights import Sidecar, half_state, save_weights
 from model.model_vlm import MiniMindVLM, VLMConfig
@@ -40,20 +40,18 @@ AUTO_MAP = {
 
 
 @dataclass
-class ConvertFlags:
-    out: str = field(metadata={"help": "folder to write; with --to_torch the .pth to write"})
+class ConvertFlags(WeightFlags):
+    out: str = field(kw_only=True, metadata={"help": "folder to write; with --to_torch the .pth to write"})
     weight: str | None = optional_flag("the .pth to convert, or the name of one in out/")
     to_torch: str | None = optional_flag("the folder to turn back into a .pth and its .json")
-    vision_model_path: str | None = optional_flag(
-        "image encoder; if not given: the one of the weights' sidecar"
-    )
-    tokenizer_path: str | None = optional_flag("tokenizer; if not given: the one of the weights' sidecar")
 
     def __post_init__(self):
         if (self.weight is None) == (self.to_torch is None):
             raise ValueError("give either --weight or --to_torch")
-        if self.to_torch and (self.vision_model_path or self.tokenizer_path):
-            raise ValueError("--to_torch takes no --vision_model_path and no --tokenizer_path")
+        of_a_pth = {"vision_model_path": self.vision_model_path, "tokenizer_path": self.tokenizer_path}
+        for name, value in {**of_a_pth, **self.heads()}.items():
+            if self.to_torch and value:
+                raise ValueError(f"--to_torch takes no --{name}")
         if self.to_torch and not self.out.endswith(".pth"):
             raise ValueError(f"--out {self.out}: with --to_torch a name that ends in .pth is expected")
 
@@ -73,7 +71,7 @@ def pth_to_export(flags: ConvertFlags) -> None:
     path = find_weight(flags.weight)
     if path.is_dir():
         raise UserError(f"--weight {path} is a folder, expected a .pth")
-    source, processor, sidecar = load_pth(path, flags.vision_model_path, flags.tokenizer_path)
+    source, processor, sidecar = load_pth(path, flags.vision_model_path, flags.tokenizer_path, flags.heads())
     encoder = flags.vision_model_path or (sidecar.get("encoder") or {}).get("path")
     with replacing(out) as folder:
         with write_errors(out):

@@ -106,7 +106,7 @@ def main() -> int:
     with runtime(flags.device, flags.seed) as run, autocast(flags.dtype, run.device):
 
         def load(weight: str) -> Speaker:
-            model, processor = load_vlm(weight, flags.vision_model_path, flags.tokenizer_path)
+            model, processor = load_vlm(weight, flags.vision_model_path, flags.tokenizer_path, flags.heads())
             dtype = str(resolve_dtype(flags.dtype, run.device)).removeprefix("torch.")
             log.info("%s on %s in %s", weight, run.device, dtype)
             return Speaker(weight, model.to(run.device), processor)

@@ -4,6 +4,7 @@ A run is one process, or the processes that `torchrun` starts.
 """
 
 import contextlib
+import hashlib
 import os
 import random
 import signal
@@ -57,6 +58,15 @@ class Runtime:
         parts = [torch.empty_like(values) for _ in range(self.world_size)]
         dist.all_gather(parts, values, group=self.group)
         return torch.stack(parts).cpu()
+
+    def agree(self, what: str, value: str) -> None:
+        """UserError where `value`, which says what this rank found of `what`, differs from rank to rank."""
+        digest = int.from_bytes(hashlib.sha256(value.encode()).digest()[:6])  # exact in a float64
+        found = self.gather(torch.tensor([digest], dtype=torch.float64))
+        if bool((found != found[0]).any()):
+            if not self.is_main:
+                raise ToldElsewhere
+            raise UserError(f"the ranks do not see the same {what}: they must share a disk, and see it alike")
 
     def limit_waiting(self, seconds: float) -> None:
         """From now on a rank that has waited that long for another gives up."""

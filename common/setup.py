@@ -11,7 +11,7 @@ from transformers import AutoImageProcessor, PreTrainedTokenizerBase
 
 from common.cli import UserError, user_errors
 from common.tokenizer import check_tokenizer, load_tokenizer
-from common.weights import SIZES, Sidecar, check_sizes, load_weights_file, read_sidecar
+from common.weights import SIZES, Sidecar, check_sizes, load_weights_file, read_sidecar, warn_of_heads
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.model_vlm import MiniMindVLM, VLMConfig, load_weights
 from model.processing_vlm import PLACEHOLDER, MiniMindVLMProcessor
@@ -44,7 +44,10 @@ def build_lm(
 
 
 def load_vlm(
-    weight: str, vision_model_path: str | None = None, tokenizer_path: str | None = None
+    weight: str,
+    vision_model_path: str | None = None,
+    tokenizer_path: str | None = None,
+    heads: dict[str, int | None] | None = None,
 ) -> tuple[MiniMindVLM, MiniMindVLMProcessor]:
     """A trained model in fp32 and eval mode on the CPU, and its processor: for evaluation, export and the web
     demo.
@@ -54,17 +57,26 @@ def load_vlm(
     """
     path = find_weight(weight)
     if not path.is_dir():
-        return load_pth(path, vision_model_path, tokenizer_path)[:2]
-    if vision_model_path or tokenizer_path:
-        raise UserError(f"{path} brings its own: --vision_model_path and --tokenizer_path are for a .pth")
+        return load_pth(path, vision_model_path, tokenizer_path, heads)[:2]
+    if vision_model_path or tokenizer_path or any((heads or {}).values()):
+        raise UserError(f"{path} brings its own encoder, tokenizer and heads: their flags are for a .pth")
     return load_export(path)
 
 
 def load_pth(
-    path: Path, vision_model_path: str | None = None, tokenizer_path: str | None = None
+    path: Path,
+    vision_model_path: str | None = None,
+    tokenizer_path: str | None = None,
+    heads: dict[str, int | None] | None = None,
 ) -> tuple[MiniMindVLM, MiniMindVLMProcessor, Sidecar]:
     """As `load_vlm`, for a `.pth` alone, and its sidecar."""
     state, sidecar = load_weights_file(path)
+    if not any(key.startswith("vision_proj.") for key in state):
+        raise UserError(f"{path} has no projection: a language model's weights, expected a VLM's")
+    given = {name: count for name, count in (heads or {}).items() if count}
+    check_sizes(sidecar, given, path)
+    warn_of_heads(sidecar, given, path)
+    sidecar = sidecar | {"config": sidecar["config"] | given}
     trained = {part: sidecar.get(part) or {} for part in ("tokenizer", "encoder")}
     tokenizer = load_tokenizer(tokenizer_path or trained["tokenizer"].get("path") or DEFAULT_TOKENIZER)
     check_tokenizer(sidecar, tokenizer, path, asked=tokenizer_path is not None)
@@ -103,6 +115,7 @@ def settings_of_base(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     unknown. UserError where a size differs from the one that is `wanted`."""
     sidecar = read_sidecar(path) or load_weights_file(path)[1]
     check_sizes(sidecar, wanted, path)
+    warn_of_heads(sidecar, wanted, path)
     flags = {"tokenizer_path": "tokenizer", "vision_model_path": "encoder"}
     return sidecar["config"] | {flag: (sidecar.get(part) or {}).get("path") for flag, part in flags.items()}
 

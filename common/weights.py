@@ -4,6 +4,7 @@ The sidecar says what the tensors cannot: head counts, tokenizer, encoder, stage
 """
 
 import json
+import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +18,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from common.cli import UserError
 from common.tokenizer import load_tokenizer, tokenizer_fingerprint
 from dataset.files import write_atomically
+from model.model_minimind import MiniMindConfig
 from model.model_vlm import without_encoder
 
+log = logging.getLogger(__name__)
 Sidecar = dict[str, Any]
 SIZES = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size use_moe".split()
 
@@ -156,6 +159,13 @@ def check_sizes(sidecar: Sidecar, wanted: dict[str, Any], path: Path) -> None:
     different = [f"{k} {config[k]} (flag: {v})" for k, v in wanted.items() if k in config and config[k] != v]
     if different:
         raise UserError(f"{path} does not fit the flags: it has {', '.join(different)}")
+
+
+def warn_of_heads(sidecar: Sidecar, given: dict[str, Any], path: Path) -> None:
+    """A warning where nothing tells how many heads the weights have."""
+    if missing := {"num_attention_heads", "num_key_value_heads"} - sidecar["config"].keys() - given.keys():
+        counts = ", ".join(f"--{name} {getattr(MiniMindConfig(), name)}" for name in sorted(missing))
+        log.warning("warning: %s does not tell its heads, %s is assumed", path, counts)
 
 
 def describe_published_weights(path: Path, tokenizer_dir: Path, stage: str) -> Path:

@@ -3,6 +3,7 @@
 A step is one optimizer step: all micro-batches of all ranks.
 """
 
+import logging
 import math
 from typing import Any
 
@@ -17,6 +18,8 @@ from trainer.batches import step_loader, step_sampler
 from trainer.learner import Learner, model_inputs
 from trainer.metrics import Metrics
 from trainer.state import Checkpoints, Progress
+
+log = logging.getLogger(__name__)
 
 
 def train(
@@ -107,7 +110,7 @@ def train(
             if done:
                 break
         if not progress.learnt_tokens and not progress.bad_steps:
-            raise DataError(f"no row has a supervised token within --max_seq_len {flags.max_seq_len}")
+            raise metrics.no_usable_row()
         if progress.step < total_steps:
             progress.epoch, progress.epoch_step = progress.epoch + 1, 0
     save(finished=True)
@@ -153,8 +156,10 @@ def evaluate(
             skipped += len(batch["skipped"])
     model.train()
     loss, tokens, skipped = runtime.sum(loss, tokens, skipped)
+    if not tokens and not stop_code and runtime.is_main:
+        log.warning("warning: none of %d rows counts: eval_loss is null", len(samples))
     figures = {
-        "eval_loss": loss / max(tokens, 1),
+        "eval_loss": loss / tokens if tokens else math.nan,
         "eval_tokens": int(tokens),
         "eval_skipped_rows": int(skipped),
     }

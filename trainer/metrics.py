@@ -16,8 +16,9 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from common.cli import UserError, user_errors
+from common.cli import ToldElsewhere, UserError, user_errors
 from common.distributed import Runtime, peak_memory_bytes
+from dataset.errors import DataError
 from dataset.files import write_atomically
 from trainer.state import Progress
 from trainer.trackers import Tracker
@@ -62,8 +63,7 @@ class Metrics:
         self.last: dict[str, Any] = {}
         self.paused_at: float | None = None
         self.failure: UserError | None = None
-        lines = self.bad_samples.read_text(encoding="utf-8").splitlines() if self.bad_samples.exists() else []
-        self.listed = {json.loads(line)["error"] for line in lines}
+        self.listed = set(self.skipped())
 
     def state(self) -> dict[str, Any]:
         """What `restore` needs to go on with the next line; every rank must call it."""
@@ -156,6 +156,20 @@ class Metrics:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
         except UserError as error:  # kept until all ranks can act on it together
             self.failure = error
+
+    def skipped(self) -> list[str]:
+        """Why rows were skipped, each once, of all ranks that share the disk."""
+        if not self.bad_samples.exists():
+            return []
+        lines = self.bad_samples.read_text(encoding="utf-8").splitlines()
+        return list(dict.fromkeys(json.loads(line)["error"] for line in lines))
+
+    def no_usable_row(self) -> Exception:
+        """What to raise on this rank where a whole epoch had nothing to learn from."""
+        if not self.runtime.is_main:
+            return ToldElsewhere()
+        reasons = self.skipped() or ["there is no supervised token"]
+        return DataError(f"no row is usable, the first because {reasons[0]}; all are in {self.bad_samples}")
 
     def take_error(self) -> UserError | None:
         """Once, what could not be written."""

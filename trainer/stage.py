@@ -17,6 +17,7 @@ from common.setup import DEFAULT_ENCODER, DEFAULT_TOKENIZER, build_lm, build_vlm
 from common.tokenizer import load_tokenizer
 from common.weights import describe, half_state, save_weights, weight_name, write_json
 from dataset.feature_cache import encode_missing, open_feature_cache
+from dataset.files import sha256_of
 from dataset.vlm_dataset import VLMDataset
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.processing_vlm import MiniMindVLMProcessor
@@ -30,6 +31,7 @@ from trainer.state import (
     check_settings,
     find_checkpoint,
     named_checkpoint,
+    run_lock,
     settings_of,
 )
 from trainer.trackers import open_tracker
@@ -53,10 +55,13 @@ def run_stage(flags: TrainingFlags, stage: str, bases: tuple[str, ...]) -> int:
     run_dir = out_dir / "runs" / path.stem
     with user_errors(f"--out_dir {flags.out_dir}: cannot be written"):
         out_dir.mkdir(parents=True, exist_ok=True)
-    with runtime(flags.device, flags.seed) as run:
+    with runtime(flags.device, flags.seed) as run, run_lock(run_dir, run):
         if not run.is_main:
             logging.disable(logging.WARNING)
         checkpoint = find_checkpoint(flags.resume, run_dir / "checkpoints", run)
+        base_digest = sha256_of(base) if base and base.is_file() else None
+        started_from = [path.name, base_digest, checkpoint.about["sha256"] if checkpoint else None]
+        run.agree("checkpoint and weights to start from", str(started_from))
         if checkpoint:
             base = None
         elif base and not base.is_file():
@@ -69,7 +74,8 @@ def run_stage(flags: TrainingFlags, stage: str, bases: tuple[str, ...]) -> int:
         model, processor = build_model(flags, base, tokenizer_asked)
         model.to(run.device)
         samples = open_samples(flags.data_path, model, processor, flags, run)
-        settings = settings_of(flags, samples, run.world_size)
+        settings = settings_of(flags, samples, run.world_size, base_digest)
+        run.agree("rows", settings["data_path (rows)"])
         total_steps = planned_steps(step_sampler(samples, flags, run), flags)
         arguments = dataclasses.asdict(flags)
 
@@ -111,8 +117,8 @@ def run_stage(flags: TrainingFlags, stage: str, bases: tuple[str, ...]) -> int:
 
         summary = {"stage": stage, "arguments": arguments}
         code = written_up(training, summary, metrics, checkpoints, run)
-        if skipped := metrics.summary()["skipped_rows"]:
-            log.warning("warning: %d rows were skipped, see %s", skipped, metrics.bad_samples)
+        if skipped := metrics.skipped():
+            log.warning("warning: %d rows were skipped, see %s", len(skipped), metrics.bad_samples)
         log.info("%s: weights are in %s", "stopped by a signal" if code else "done", path)
         return code
 

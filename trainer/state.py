@@ -5,13 +5,16 @@ of every rank) and `state.json` (step, settings, checksum). It is written under 
 while training goes on, flushed and renamed. R ranks.
 """
 
+import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -164,6 +167,25 @@ class Checkpoints:
         return bool(old)
 
 
+@contextlib.contextmanager
+def run_lock(run_dir: Path, run: Runtime) -> Iterator[None]:
+    """One run at a time in `run_dir`: UserError that names the process of another one. The lock is gone with
+    the main process that holds it, however that ends."""
+    with contextlib.ExitStack() as held:
+        with run.together(), user_errors(f"--out_dir: cannot write {run_dir}"):
+            if run.is_main:
+                run_dir.mkdir(parents=True, exist_ok=True)
+                file = held.enter_context(run_dir.with_name(f".{run_dir.name}.lock").open("a+"))
+                try:  # not flock(), whose locks data workers would inherit and keep
+                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except (BlockingIOError, PermissionError):
+                    file.seek(0)
+                    raise UserError(f"{run_dir} is in use by another run, {file.read()}") from None
+                file.truncate(0)
+                print(f"process {os.getpid()} on {socket.gethostname()}", end="", file=file, flush=True)
+        yield
+
+
 def newest_first(folder: Path) -> list[Checkpoint]:
     """The checkpoints in a run's folder that have a readable `state.json`."""
     found = [read_checkpoint(one) for one in folder.glob("step-*")]
@@ -255,7 +277,9 @@ def is_full(error: BaseException | None) -> bool:
     return False
 
 
-def settings_of(flags: TrainingFlags, samples: VLMDataset, world_size: int) -> dict[str, Any]:
+def settings_of(
+    flags: TrainingFlags, samples: VLMDataset, world_size: int, base_digest: str | None = None
+) -> dict[str, Any]:
     """What a resumed run must have in common with the run before, by the name of the flag that says it: all
     that decides what is learnt. Batch size, ranks and accumulation count as one number, and of the data the
     rows count, not the place."""
@@ -270,6 +294,8 @@ def settings_of(flags: TrainingFlags, samples: VLMDataset, world_size: int) -> d
         settings["batch_size x accumulation_steps x ranks"] = (
             flags.batch_size * flags.accumulation_steps * world_size
         )
+    if base_digest:
+        settings["from_weight (content)"] = base_digest[:16]
     settings["data_path (rows)"] = hashlib.sha256(samples.lengths().tobytes()).hexdigest()[:16]
     return settings
 

@@ -31,9 +31,9 @@ WHOLE = -1  # in place of a token of the answer
 class Demo:
     """The models in memory, and what the page's events do with them."""
 
-    def __init__(self, first: str, device: torch.device, dtype: str, *paths: str | None) -> None:
-        """`paths` are those of the first model's encoder and tokenizer (see `load_vlm`)."""
-        self.first, self.device, self.dtype, self.paths = first, device, dtype, paths
+    def __init__(self, first: str, device: torch.device, dtype: str, *model_flags: Any) -> None:
+        """`model_flags` are what `load_vlm` takes besides the first model's name."""
+        self.first, self.device, self.dtype, self.model_flags = first, device, dtype, model_flags
         self.loaded: OrderedDict[tuple[str, int], tuple[MiniMindVLM, MiniMindVLMProcessor]] = OrderedDict()
         self.answering = threading.Lock()  # the page lets go of an answer before it has really ended
         self.closing = threading.Event()
@@ -46,7 +46,7 @@ class Demo:
         path = Path(weight)
         key = weight, path.stat().st_mtime_ns if path.exists() else 0  # trained anew, it is loaded anew
         if key not in self.loaded:
-            model, processor = load_vlm(weight, *(self.paths if weight == self.first else ()))
+            model, processor = load_vlm(weight, *(self.model_flags if weight == self.first else ()))
             self.loaded[key] = model.to(self.device), processor
         self.loaded.move_to_end(key)
         while len(self.loaded) > LOADED_MODELS:

@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT, TINY_ENCODER
 
 from common.cli import UserError
-from common.setup import build_vlm, find_weight, load_base, load_vlm
+from common.setup import build_lm, build_vlm, find_weight, load_base, load_vlm
 from common.tokenizer import load_tokenizer, tokenizer_fingerprint
 from common.weights import (
     config_from_shapes,
@@ -213,3 +213,25 @@ def test_projection_is_fresh_when_the_base_is_a_language_model(saved, tokenizer)
     load_base(model, path, tokenizer)
     assert torch.equal(model.vision_proj.vision_proj[0].weight, before)
     assert isinstance(model, MiniMindVLM)
+
+
+def test_heads_that_a_bare_file_does_not_tell_are_assumed_with_a_warning(weight, tmp_path, caplog):
+    bare = tmp_path / "bare.pth"
+    bare.write_bytes(weight.read_bytes())
+    parts = str(bare), str(TINY_ENCODER), str(ROOT / "model/tokenizer")
+    with pytest.raises(UserError, match=r"k_proj\.weight has shape"):
+        load_vlm(*parts)
+    assert "--num_attention_heads 8, --num_key_value_heads 2 is assumed" in caplog.text
+    caplog.clear()
+    model, _ = load_vlm(*parts, {"num_attention_heads": 4, "num_key_value_heads": None})
+    assert "--num_key_value_heads 2 is assumed" in caplog.text and "--num_attention" not in caplog.text
+    assert model.config.num_attention_heads == 4
+    with pytest.raises(UserError, match=r"it has num_attention_heads 4 \(flag: 2\)"):
+        load_vlm(str(weight), heads={"num_attention_heads": 2})
+
+
+def test_language_model_weights_are_told_from_those_that_see(tmp_path, tokenizer):
+    model, _ = build_lm(SIZES, tokenizer)
+    save_weights(tmp_path / "lm.pth", half_state(model.state_dict()), describe(model, tokenizer, "lm", 1, {}))
+    with pytest.raises(UserError, match=r"lm\.pth has no projection: a language model's weights"):
+        load_vlm(str(tmp_path / "lm.pth"))

@@ -112,6 +112,34 @@ def test_a_run_stopped_at_random_moments_has_the_same_bits(data, tmp_path, run, 
     assert not any(saves.glob(".step-*"))
 
 
+def test_a_second_run_in_the_same_folder_is_told_who_is_there(data, tmp_path, run):
+    out = tmp_path / "out"
+    command = pretrain(data, out, "--epochs", 100_000, "--num_workers", 1, "--save_interval", 5)
+    training = Training(command)
+    assert training.wait_for(lambda: steps_of(out) > 6)
+    line = error_line(run(*command, "--resume", "never", expect=1))
+    assert f"{out / 'runs' / NAME} is in use by another run, process {training.process.pid} on " in line
+    workers = children(training.process.pid)
+    os.kill(training.process.pid, KILL)  # its data workers live on for some seconds, and hold nothing
+    training.process.communicate(timeout=30)
+    assert any(Path(f"/proc/{pid}").exists() for pid in workers)
+    run(*command, "--max_steps", steps_of(out) + 2, "--resume_override")
+
+
+def test_a_base_that_was_trained_anew_is_no_done_before(data, tmp_path, run):
+    out = tmp_path / "out"
+    first = pretrain(data, out, "--batch_size", 8, "--epochs", 1)
+    second = ["train_sft_vlm.py", *first[1 : first.index("--from_weight")], "--batch_size", 8, "--epochs", 1]
+    run(*first)
+    run(*second)
+    assert "done before" in run(*second).stderr
+    run(*first, "--resume", "never", "--seed", 1)
+    line = error_line(run(*second, expect=1))
+    assert "was made with other flags: --from_weight (content) '" in line and "--resume never" in line
+    run(*second, "--resume", "never")
+    assert "done before" in run(*second).stderr
+
+
 def test_a_finished_run_is_reported_and_changed_flags_are_refused(data, tmp_path, run):
     out = tmp_path / "out"
     command = pretrain(data, out, "--batch_size", 4, "--epochs", 2)

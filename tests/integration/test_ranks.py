@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from test_faults import NAME, Training, assert_same_run, children, figures, long_run, steps_of
-from test_training import records, weights
+from test_training import pretrain, records, weights
 
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node"]
 TWO = [*TORCHRUN, 2, "--standalone"]
@@ -122,3 +122,37 @@ def test_two_nodes_train_as_one_and_start_again_together(data, tmp_path, run):
     ends = [agent.end(180) for agent in agents]
     assert [code for code, _ in ends] == [0, 0], ends
     assert_same_run(out, tmp_path / "whole")
+
+
+def two_hosts(commands: list[list]) -> list[tuple[int, str]]:
+    """Exit code and stderr of a rank each, started as on hosts that share no disk."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [Training(command, RANK=str(rank), **meeting) for rank, command in enumerate(commands)]
+    return [rank.end() for rank in ranks]
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "base", "rows"])
+def test_ranks_that_see_other_files_end_in_one_line(data, tmp_path, run, what):
+    here, there = tmp_path / "here", tmp_path / "there"
+    command = pretrain(data, here, "--batch_size", 2, "--epochs", 1)
+    own: list = []
+    if what == "checkpoint":
+        run(*command)
+        before = (here / f"{NAME}.pth").read_bytes()
+    elif what == "base":
+        run(*pretrain(data, tmp_path / "base", "--batch_size", 8, "--epochs", 1))
+        own = ["--from_weight", tmp_path / "base" / f"{NAME}.pth"]
+    else:
+        rows = (data / "captions.jsonl").read_text().splitlines(keepends=True)
+        (data / "fewer.jsonl").write_text("".join(rows[1:]))
+        own = ["--data_path", data / "fewer.jsonl"]
+    other = [there if part == here else part for part in command]
+    (code, errors), (other_code, other_errors) = two_hosts([command, [*other, *own]])
+    assert (code, other_code) == (1, 1), errors + other_errors
+    expected = "rows" if what == "rows" else "checkpoint and weights to start from"
+    assert f"error: the ranks do not see the same {expected}: " in errors
+    assert "Traceback" not in errors + other_errors and "error: " not in other_errors
+    if what == "checkpoint":
+        assert (here / f"{NAME}.pth").read_bytes() == before

@@ -155,8 +155,32 @@ def test_rows_without_an_answer_left_are_counted(data, tmp_path, run):
     assert "2 rows were skipped" in result.stderr
     (line,) = records(tmp_path / "out", "pretrain_vlm_64")
     assert line["skipped_rows"] == 2
+    flags = ["--batch_size", 8, "--max_seq_len", 250, "--epochs", 3]
+    again = run(*pretrain(data, tmp_path / "thrice", *flags, "--eval_data_path", data / "captions.jsonl"))
+    assert "2 rows were skipped" in again.stderr  # however often
     listed = (tmp_path / "out/runs/pretrain_vlm_64/bad_samples.jsonl").read_text()
     assert listed.count("\n") == listed.count("no supervised token within 250 tokens") == 2
+
+
+def test_where_no_row_is_usable_the_first_ones_reason_is_told(data, tmp_path, run):
+    for picture in (data / "images").iterdir():
+        picture.write_bytes(b"broken")
+    line = error_line(run(*pretrain(data, tmp_path / "out"), expect=1))
+    listed = tmp_path / "out/runs/pretrain_vlm_64/bad_samples.jsonl"
+    assert "no row is usable, the first because captions.jsonl:" in line and "cannot read image" in line
+    assert str(listed) in line and listed.read_text().count("\n") == 8
+
+
+def test_an_evaluation_without_a_counting_row_has_no_loss(data, tmp_path, run):
+    rows = [json.loads(line) for line in (data / "captions.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["conversations"][0]["content"] += " word" * 400
+    write_rows(data / "long.jsonl", rows)
+    flags = ["--max_seq_len", 250, "--max_steps", 1, "--eval_data_path", data / "long.jsonl"]
+    result = run(*pretrain(data, tmp_path / "out", *flags))
+    assert "none of 8 rows counts: eval_loss is null" in result.stderr
+    evaluated = records(tmp_path / "out", "pretrain_vlm_64")[-1]
+    assert evaluated["eval_loss"] is None and evaluated["eval_skipped_rows"] == 8
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
