@@ -118,7 +118,7 @@ def run_stage(flags: TrainingFlags, stage: str, bases: tuple[str, ...]) -> int:
         summary = {"stage": stage, "arguments": arguments}
         code = written_up(training, summary, metrics, checkpoints, run)
         if skipped := metrics.skipped():
-            log.warning("warning: %d rows were skipped, see %s", len(skipped), metrics.bad_samples)
+            log.warning("warning: skipped rows: %d, see %s", len(skipped), metrics.bad_samples)
         log.info("%s: weights are in %s", "stopped by a signal" if code else "done", path)
         return code
 

@@ -249,7 +249,7 @@ def test_a_full_disk_costs_the_oldest_state_then_ends_the_run(data, tmp_path):
 def test_bad_pictures_are_skipped_counted_and_listed(data, tmp_path, run):
     (data / "images/5.png").write_bytes(b"no picture")
     result = run(*pretrain(data, tmp_path / "out", "--batch_size", 4, "--epochs", 2, "--num_workers", 1))
-    assert "2 rows were skipped" in result.stderr
+    assert "skipped rows: 1, see" in result.stderr
     lines = (tmp_path / "out/runs" / NAME / "bad_samples.jsonl").read_text().splitlines()
     (listed,) = map(json.loads, lines)
     assert "captions.jsonl:6: cannot read image" in listed["error"]

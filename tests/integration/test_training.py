@@ -152,12 +152,12 @@ def test_rows_without_an_answer_left_are_counted(data, tmp_path, run):
     rows[3]["conversations"][0]["content"] += " word" * 400
     write_rows(data / "captions.jsonl", rows)
     result = run(*pretrain(data, tmp_path / "out", "--batch_size", 8, "--max_seq_len", 250, "--epochs", 1))
-    assert "2 rows were skipped" in result.stderr
+    assert "skipped rows: 2, see" in result.stderr
     (line,) = records(tmp_path / "out", "pretrain_vlm_64")
     assert line["skipped_rows"] == 2
     flags = ["--batch_size", 8, "--max_seq_len", 250, "--epochs", 3]
     again = run(*pretrain(data, tmp_path / "thrice", *flags, "--eval_data_path", data / "captions.jsonl"))
-    assert "2 rows were skipped" in again.stderr  # however often
+    assert "skipped rows: 2, see" in again.stderr  # however often
     listed = (tmp_path / "out/runs/pretrain_vlm_64/bad_samples.jsonl").read_text()
     assert listed.count("\n") == listed.count("no supervised token within 250 tokens") == 2
 
