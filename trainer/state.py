@@ -181,6 +181,8 @@ def run_lock(run_dir: Path, run: Runtime) -> Iterator[None]:
                 except (BlockingIOError, PermissionError):
                     file.seek(0)
                     raise UserError(f"{run_dir} is in use by another run, {file.read()}") from None
+                except OSError as error:  # a file system without locks
+                    log.warning("warning: %s cannot be locked (%s): let no other run in", run_dir, error)
                 file.truncate(0)
                 print(f"process {os.getpid()} on {socket.gethostname()}", end="", file=file, flush=True)
         yield

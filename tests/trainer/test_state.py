@@ -23,7 +23,7 @@ from trainer.learner import Learner
 from trainer.loop import train
 from trainer.metrics import Metrics
 from trainer.stage import set_trainable
-from trainer.state import Checkpoints, check_settings, newest_first, newest_intact, settings_of
+from trainer.state import Checkpoints, check_settings, newest_first, newest_intact, run_lock, settings_of
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 ABOUT = {"settings": {}, "run_id": "0"}
@@ -229,3 +229,9 @@ def test_changed_flags_are_named(checkpoints, data, processor):
     fewer = VLMDataset([data / "texts.jsonl"], processor, 512)
     with pytest.raises(UserError, match="data_path"):
         check_settings(newest, settings_of(VLMTrainingFlags(**flags), fewer, 1), False)
+
+
+def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("fcntl.lockf", Mock(side_effect=OSError(37, "No locks available")))
+    with run_lock(tmp_path / "runs/lm_64", Runtime(torch.device("cpu"))):
+        assert "cannot be locked" in caplog.text
