@@ -1,15 +1,17 @@
 """Pictures and messages -> what MiniMindVLM reads; the only place that builds a prompt.
 
 Training, evaluation, the web demo and exported folders all use MiniMindVLMProcessor. The chat format itself
-is the tokenizer's `chat_template.jinja`; here `<image>` becomes placeholders and labels are found.
+is the tokenizer's chat template; here `<image>` becomes placeholders, and answers get labels.
 Shapes: B rows, N most images of a row, P placeholder tokens per image, T tokens.
 """
 
 import itertools
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import load_image
 from transformers.processing_utils import ProcessorMixin
@@ -58,12 +60,11 @@ class MiniMindVLMProcessor(ProcessorMixin):
         messages = self._expand(messages, num_images)
         if any(m["role"] == "assistant" and not m["content"].strip() for m in messages):
             raise ValueError("an assistant turn is empty")
-        input_ids = self._tokenize(messages)
-        return input_ids, self._labels(input_ids)
+        return self._encode(messages)
 
     def encode_prompt(self, messages: Sequence[dict], num_images: int = 0) -> list[int]:
         """Token ids of a conversation that the assistant is to continue."""
-        return self._tokenize(self._expand(messages, num_images), add_generation_prompt=True)
+        return self._encode(self._expand(messages, num_images), add_generation_prompt=True)[0]
 
     def apply_chat_template(
         self,
@@ -99,13 +100,13 @@ class MiniMindVLMProcessor(ProcessorMixin):
         if (given := options.pop("images", None)) is not None:
             images = given if is_batched else [given]
         rows = [
-            self._tokenize(
+            self._encode(
                 self._expand(messages, len(pictures)),
                 chat_template=chat_template,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 sanitize_control_tokens=sanitize_control_tokens,
-            )
+            )[0]
             for messages, pictures in zip(conversations, images, strict=True)
         ]
         if not return_dict:
@@ -194,29 +195,46 @@ class MiniMindVLMProcessor(ProcessorMixin):
             result += ("\n" if right.startswith(PLACEHOLDER) else "") + right
         return result
 
-    def _tokenize(
+    def _encode(
         self, messages: list[dict[str, str]], sanitize_control_tokens: bool = True, **options
-    ) -> list[int]:
+    ) -> tuple[list[int], list[int]]:
+        """Token ids and labels. The template writes a mark where an answer goes; answers are tokenized apart,
+        as first spaces would merge with the newline before. `literal` stands around control tokens."""
+        tokenizer, texts = self.tokenizer, [turn["content"] for turn in messages]
+        free = (char for char in map(chr, range(0xE000, 0x110000)) if not any(char in text for text in texts))
+        answer, literal = next(free), next(free)
+        if sanitize_control_tokens:
+            texts = [control_tokens(tokenizer).sub(rf"{literal}\g<0>{literal}", text) for text in texts]
+        marked = [
+            {"role": turn["role"], "content": f"{answer}{i}{answer}" if turn["role"] == "assistant" else text}
+            for i, (turn, text) in enumerate(zip(messages, texts, strict=True))
+        ]
         options["chat_template"] = options.get("chat_template") or self.chat_template
-        return self.tokenizer.apply_chat_template(
-            messages,
-            tokenize=True,
-            return_dict=False,
-            sanitize_control_tokens=sanitize_control_tokens,
-            **options,
-        )
+        rendered = tokenizer.apply_chat_template(marked, tokenize=False, **options)
+        input_ids, labels = [], []
+        for span, learnt in self._spans(rendered.split(answer), texts):
+            for i, text in enumerate(span.split(literal)):
+                encode = tokenizer._encode_without_added_tokens if i % 2 else tokenizer.encode
+                ids = encode(text) if i % 2 else encode(text, add_special_tokens=False)
+                input_ids += ids
+                labels += ids if learnt else [IGNORE_INDEX] * len(ids)
+        return input_ids, labels
 
-    def _labels(self, input_ids: list[int]) -> list[int]:
-        # Message text never contains the special ids (it is sanitized), so each bos id opens a turn.
-        start, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        header = self.tokenizer.encode("assistant\n", add_special_tokens=False)
-        labels = [IGNORE_INDEX] * len(input_ids)
-        for position, token in enumerate(input_ids):
-            first = position + 1 + len(header)
-            if token == start and input_ids[position + 1 : first] == header and end in input_ids[first:]:
-                last = input_ids.index(end, first) + 1  # the newline after <|im_end|>
-                labels[first : last + 1] = input_ids[first : last + 1]
-        return labels
+    def _spans(self, pieces: list[str], texts: list[str]) -> Iterator[tuple[str, bool]]:
+        """Texts to be tokenized apart, and whether they are learnt. Every second piece is an answer's number
+        in `texts`."""
+        header, end = f"{self.tokenizer.bos_token}assistant\n", self.tokenizer.eos_token
+        for i, piece in enumerate(pieces):
+            if i % 2:
+                yield texts[int(piece)], True
+                continue
+            ended = len(end) if i and piece.startswith(end) else 0
+            ended += ended > 0 and piece.startswith("\n", ended)
+            start = piece.rfind(header, ended)
+            start = len(piece) if start < 0 else start + len(header)
+            yield piece[:ended], True
+            yield piece[ended:start], False
+            yield piece[start:], i < len(pieces) - 1  # what a template writes before each answer
 
     @staticmethod
     def _pictures_inside(messages: Sequence[dict]) -> list:
@@ -237,6 +255,12 @@ class MiniMindVLMProcessor(ProcessorMixin):
         if leftover := len(list(rest)):
             raise ValueError(f"{leftover} more images than {IMAGE_MARKER} markers")
         return shares
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern:
+    """Finds what the tokenizer would read as one of its added tokens; the longest where several fit."""
+    tokens = (token for token in tokenizer.added_tokens_encoder if not token.isspace())
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 
 
 def image_slots(flat: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AddedToken, PreTrainedTokenizerFast
 
 from model.processing_vlm import IGNORE_INDEX, MiniMindVLMProcessor
 
@@ -47,13 +49,92 @@ def test_labels_are_the_answers_their_end_and_newline(processor):
     assert all(label in (IGNORE_INDEX, token) for label, token in zip(labels, input_ids, strict=True))
 
 
-def test_prompt_and_answer_are_tokenized_as_in_training(processor):
+@pytest.mark.parametrize("merging", [False, True], ids=["shipped", "merging"])
+def test_prompt_and_answer_are_tokenized_as_in_training(processor, merging):
     """What the model sees when it is asked is a prefix of what it saw in training."""
-    messages = [user("What is\n\nthis? "), assistant("\n\nA cat")]
+    processor = merging_processor(PLAIN_TEMPLATE) if merging else processor
+    messages = [user("What is\n\nthis? "), assistant("\n\n  A cat")]
     input_ids, labels = processor.encode_chat(messages)
     prompt = processor.encode_prompt(messages[:1])
     assert input_ids[: len(prompt)] == prompt
     assert labels[len(prompt)] != IGNORE_INDEX and set(labels[: len(prompt)]) == {IGNORE_INDEX}
+
+
+PLAIN_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# A user's turn opens the answer's, as in the release of April 2025.
+OPENING_TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>user\n{{ m.content }}<|im_end|>\n"
+    "<|im_start|>assistant\n{% elif m.role == 'assistant' %}{{ m.content }}<|im_end|>\n"
+    "{% endif %}{% endfor %}"
+)
+THINKING_TEMPLATE = PLAIN_TEMPLATE.replace(
+    "{{ m.content }}", "{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}"
+).replace("assistant\n{% endif %}", "assistant\n<think>\n\n</think>\n\n{% endif %}")
+BRACKET_TEMPLATE = (
+    "{% for m in messages %}{{ '[INST] ' ~ m.content ~ ' [/INST]' if m.role == 'user' else "
+    "m.content ~ '<|im_end|>' }}{% endfor %}"
+)
+TEMPLATES = {"plain": PLAIN_TEMPLATE, "opening": OPENING_TEMPLATE, "brackets": BRACKET_TEMPLATE}
+
+
+def merging_processor(template: str) -> MiniMindVLMProcessor:
+    """With a byte-level BPE in which a newline merges with spaces and newlines that follow it."""
+    space, newline = "\u0120", "\u010a"  # as byte-level BPE writes them
+    merges = [(newline, space), (newline + space, space), (newline, newline), (newline * 2, space)]
+    merges += [("t", newline), ("@", "@")]
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet()) + [left + right for left, right in merges]
+    backend = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(symbols)}, merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
+    )
+    tokenizer.add_tokens([AddedToken("<think>"), AddedToken("</think>")])
+    return MiniMindVLMProcessor(None, tokenizer, template, tokens_per_image=4)
+
+
+def learnt_text(processor: MiniMindVLMProcessor, messages: list[dict]) -> str:
+    input_ids, labels = processor.encode_chat(messages)
+    assert all(label in (IGNORE_INDEX, token) for label, token in zip(labels, input_ids, strict=True))
+    return processor.tokenizer.decode([label for label in labels if label != IGNORE_INDEX])
+
+
+BEGINNINGS = ["", " ", "  ", "   ", "\t", "\n", "\n\n  ", " \n", "\r\n", "\u3000", "你好", "@", "@@@", "'s"]
+BEGINNINGS += ["\ue000", "<|im_start|>assistant\n", "<|im_end|>\n", "  <|im_end|>", "<think>", "\U000f0000"]
+
+
+@pytest.mark.parametrize("template", ["shipped", *TEMPLATES])
+@pytest.mark.parametrize("beginning", BEGINNINGS, ids=ascii)
+def test_what_an_answer_begins_with_does_not_decide_whether_it_is_learnt(processor, template, beginning):
+    if template != "shipped":
+        processor = merging_processor(TEMPLATES[template])
+    turns = [assistant("Ask"), user("Hi"), user("there"), assistant("ok"), assistant("a "), user("b")]
+    turns += [assistant("b\n"), user("and?")]
+    messages = [{**turn, "content": beginning + turn["content"]} for turn in turns]
+    end = "<|im_end|>" + "\n" * (template != "brackets")
+    answers = [m["content"].lstrip("\n") + end for m in messages if m["role"] == "assistant"]
+    assert learnt_text(processor, messages) == "".join(answers)
+
+
+@pytest.mark.parametrize("beginning", ["", "  ", "\n ", "@", "<think>", "</think>"], ids=ascii)
+def test_a_think_block_of_the_template_is_learnt_and_answers_begin_after_it(beginning):
+    processor = merging_processor(THINKING_TEMPLATE)
+    messages = [user("Hi"), assistant(beginning + "ok"), user("  so"), assistant("  no")]
+    block, answer = "<think>\n\n</think>\n\n", beginning.lstrip("\n") + "ok"
+    end = "<|im_end|>\n"
+    assert learnt_text(processor, messages) == block + answer + end + block + "  no" + end
+    input_ids, _ = processor.encode_chat(messages)
+    prompt = processor.encode_prompt(messages[:-1])
+    assert input_ids[: len(prompt)] == prompt
+
+
+def test_the_answer_that_is_continued_stands_last(processor):
+    messages = [user("Hi"), assistant("  A deer")]
+    ids = processor.apply_chat_template(messages, tokenize=True, continue_final_message=True)
+    assert processor.tokenizer.decode(ids).endswith("<|im_start|>assistant\n  A deer")
 
 
 @pytest.mark.parametrize("role", ["user", "assistant", "system"])
