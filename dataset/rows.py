@@ -154,5 +154,5 @@ def _check_turns(roles: list[str], contents: list[str], images: int, where: str)
     if any(role == "assistant" and not content.strip() for role, content in turns):
         raise DataError(f"{where}: an assistant turn is empty")
     markers = sum(content.count(IMAGE_MARKER) for role, content in turns if role == "user")
-    if markers != images and (markers or "user" not in roles):
+    if images and markers != images and (markers or "user" not in roles):
         raise DataError(f"{where}: {markers} {IMAGE_MARKER} markers in the user's turns, but {images} images")

@@ -16,7 +16,7 @@ from dataset.errors import DataError
 from dataset.feature_cache import FeatureCache
 from dataset.images import open_image
 from dataset.rows import load_rows, resolve_image
-from model.processing_vlm import IGNORE_INDEX, IMAGE_MARKER, MiniMindVLMProcessor
+from model.processing_vlm import IGNORE_INDEX, IMAGE_MARKER, MiniMindVLMProcessor, control_tokens
 
 TOKENS_AROUND_A_TURN = 6  # two control tokens, the role and the newlines
 
@@ -97,12 +97,12 @@ class VLMDataset(Dataset):
         return found
 
     def _sample(self, row: dict, pictures: dict[str, torch.Tensor]) -> Sample:
-        try:
-            input_ids, labels = self._encode(row)
-        except ValueError as error:
-            raise DataError(f"{row['where']}: {error}") from None
         images = row["images"]
-        input_ids, labels, kept = cut(input_ids, labels, self.max_length, len(images), self._placeholder)
+        try:
+            ids, labels = self._encode(row)
+            input_ids, labels, kept = cut(ids, labels, self.max_length, len(images), self._placeholder)
+        except Exception as error:  # a chat template, too, refuses what it does not like
+            raise DataError(f"{row['where']}: {error}") from None
         paths = [resolve_image(image, self.images_root) for image in images[:kept]]
         sample = Sample(input_ids, labels, images=paths, where=row["where"])
         if not paths:
@@ -118,9 +118,7 @@ class VLMDataset(Dataset):
 
     def _encode(self, row: dict) -> tuple[list[int], list[int]]:
         if not row["roles"]:
-            tokenizer = self.processor.tokenizer
-            text = tokenizer.encode(row["contents"][0], add_special_tokens=False, split_special_tokens=True)
-            input_ids = [tokenizer.bos_token_id, *text, tokenizer.eos_token_id]
+            input_ids = self.processor.encode_text(row["contents"][0])
             return input_ids, list(input_ids)
         turns = zip(row["roles"], row["contents"], strict=True)
         messages = [{"role": role, "content": content} for role, content in turns]
@@ -137,13 +135,19 @@ def _count_tokens(
     rows: dict[str, list], tokenizer: PreTrainedTokenizerBase, system_tokens: int
 ) -> dict[str, list[int]]:
     """Tokens of each row's text, with those around its turns and images, and its number of images."""
-    texts = [text.replace(IMAGE_MARKER, "") for contents in rows["contents"] for text in contents]
-    counts = iter([len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]])
-    text = [sum(next(counts) + TOKENS_AROUND_A_TURN for _ in contents) for contents in rows["contents"]]
-    images = [len(images) for images in rows["images"]]
-    for i, roles in enumerate(rows["roles"]):
-        text[i] += images[i] + (system_tokens if roles and roles[0] != "system" else 0)  # a newline each
-    return {"text": text, "images": images}
+    control, encode = control_tokens(tokenizer), tokenizer._encode_without_added_tokens
+    pieces, text = [], []
+    for images, roles, contents in zip(rows["images"], rows["roles"], rows["contents"], strict=True):
+        marked = [bool(images) and role == "user" for role in roles or [""]]
+        texts = [t.replace(IMAGE_MARKER, "") if m else t for t, m in zip(contents, marked, strict=True)]
+        pieces.append([piece for text in texts for piece in control.split(text)])
+        quoted = sum(len(encode(token)) for text in texts for token in control.findall(text))
+        system = system_tokens if roles and roles[0] != "system" else 0
+        text.append(quoted + len(texts) * TOKENS_AROUND_A_TURN + len(images) + system)  # a newline each
+    flat = [piece for row in pieces for piece in row]
+    counts = iter([len(ids) for ids in tokenizer(flat, add_special_tokens=False)["input_ids"]])
+    text = [count + sum(next(counts) for _ in row) for count, row in zip(text, pieces, strict=True)]
+    return {"text": text, "images": [len(images) for images in rows["images"]]}
 
 
 def _default_system_tokens(processor: MiniMindVLMProcessor) -> int:

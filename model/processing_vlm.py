@@ -62,6 +62,13 @@ class MiniMindVLMProcessor(ProcessorMixin):
             raise ValueError("an assistant turn is empty")
         return self._encode(messages)
 
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of plain text between the two control tokens of a turn; ValueError if it looks like an
+        image."""
+        text = self._with_placeholders(text, expand=False)
+        ids = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        return [self.tokenizer.bos_token_id, *ids, self.tokenizer.eos_token_id]
+
     def encode_prompt(self, messages: Sequence[dict], num_images: int = 0) -> list[int]:
         """Token ids of a conversation that the assistant is to continue."""
         return self._encode(self._expand(messages, num_images), add_generation_prompt=True)[0]
@@ -159,7 +166,10 @@ class MiniMindVLMProcessor(ProcessorMixin):
         return self.image_processor(images, return_tensors="pt")["pixel_values"]
 
     def _expand(self, messages: Sequence[dict], num_images: int) -> list[dict[str, str]]:
-        """Messages with plain string contents, `<image>` of user turns replaced by placeholders."""
+        """Messages with plain string contents, `<image>` of user turns replaced by placeholders; it is text
+        where there are no images."""
+        parts = [part for m in messages if isinstance(m.get("content"), list) for part in m["content"]]
+        pictured = num_images > 0 or any(part.get("type") == "image" for part in parts)
         turns = [{"role": m["role"], "content": _as_text(m.get("content"))} for m in messages]
         for number, turn in enumerate(turns, start=1):
             if turn["role"] not in ROLES:
@@ -170,14 +180,15 @@ class MiniMindVLMProcessor(ProcessorMixin):
                 # The generation prompt ends in a newline of its own, so an answer never starts with one.
                 turn["content"] = turn["content"].lstrip("\n")
         users = [turn for turn in turns if turn["role"] == "user"]
-        found = sum(turn["content"].count(IMAGE_MARKER) for turn in users)
+        found = sum(turn["content"].count(IMAGE_MARKER) for turn in users) if pictured else 0
         if num_images and not found and users:
             users[0]["content"] = f"{IMAGE_MARKER}\n" * num_images + users[0]["content"]
             found = num_images
         if found != num_images:
             raise ValueError(f"{found} {IMAGE_MARKER} markers in the user's turns, but {num_images} images")
         for turn in turns:
-            turn["content"] = self._with_placeholders(turn["content"], expand=turn["role"] == "user")
+            expand = pictured and turn["role"] == "user"
+            turn["content"] = self._with_placeholders(turn["content"], expand)
         return turns
 
     def _with_placeholders(self, text: str, expand: bool = True) -> str:

@@ -84,6 +84,50 @@ def test_lengths_are_at_least_the_real_ones_and_close(data, processor, name):
     assert spare.min() >= 0 and spare.max() <= 12
 
 
+LITERAL = "<|im_start|>assistant\n<|im_end|>\n<|endoftext|>" * 20
+
+
+def talk(*contents: str) -> dict:
+    roles = ("user", "assistant") * len(contents)
+    return {"conversations": [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param({"text": LITERAL}, id="text"),
+        pytest.param({"text": "<image>" * 20}, id="markers in a text"),
+        pytest.param(talk(LITERAL, LITERAL), id="conversation"),
+        pytest.param(talk("<image>" * 20, "a"), id="markers that are text"),
+        pytest.param(talk("a", "<image>" * 20) | {"image": "0.png"}, id="markers in an answer"),
+    ],
+)
+def test_what_a_text_merely_quotes_is_counted_as_text(data, processor, row):
+    samples = VLMDataset([write_rows(data / "rows.jsonl", [row])], processor, 4096, data / "images")
+    real = len(samples[0].input_ids)
+    assert real <= samples.lengths()[0] <= real + 12
+
+
+@pytest.mark.parametrize(
+    "row", [{"text": "a @@@@@ b"}, talk("a @@@@@ b", "c"), talk("a", "b @@@@@")], ids=str
+)
+def test_a_text_that_looks_like_an_image_is_that_rows_error(data, processor, row):
+    rows = write_rows(data / "rows.jsonl", [row, {"text": "@@@ is text"}])
+    bad, good = VLMDataset([rows], processor, 512).samples_or_errors([0, 1])
+    assert isinstance(bad, DataError)
+    assert str(bad) == "rows.jsonl:1: the text has 4 '@' in a row: that means an image"
+    assert good.input_ids.count(34) == 3
+
+
+def test_what_the_template_refuses_is_that_rows_error(data, processor):
+    strict = "{{ raise_exception('roles must alternate') if messages|length > 2 else messages[0].content }}"
+    processor = MiniMindVLMProcessor(processor.image_processor, processor.tokenizer, strict, 4)
+    rows = write_rows(data / "rows.jsonl", [talk("a", "b", "c"), talk("a", "b")])
+    bad, good = VLMDataset([rows], processor, 512).samples_or_errors([0, 1])
+    assert isinstance(bad, DataError) and str(bad) == "rows.jsonl:1: roles must alternate"
+    assert good.input_ids
+
+
 def test_unreadable_image_is_named(data, processor):
     (data / "images/0.png").write_bytes(b"not a picture")
     samples = VLMDataset([data / "captions.jsonl"], processor, 512, data / "images")

@@ -185,7 +185,6 @@ def test_mistakes_are_one_line_and_the_chat_goes_on(world, weight, chat):
         f"/save {TOO_LONG}.md": "File name too long",
         "/save ~nobody_at_all/x.md": "/save ~nobody_at_all/x.md: ",
         "/save \0.md": "/save \0.md: embedded null",
-        "Is <image> blue?": "1 <image> markers in the user's turns, but 0 images",
     }
     code, out, error = chat(*mistakes, "/help", arguments=["--weight", weight])
     assert code == 0 and "/image PATH" in out

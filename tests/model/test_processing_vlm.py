@@ -173,11 +173,23 @@ def test_markers_outside_user_turns_are_text(processor):
     assert "<image><|im_end|>" in processor.tokenizer.decode(input_ids)
 
 
+@pytest.mark.parametrize("text", ["Is <image> blue?", "<image>", "<image><image>\n"])
+def test_a_marker_without_any_picture_is_text(processor, text):
+    prompt = processor.encode_prompt([user(text)])
+    assert f"user\n{text}<|im_end|>" in processor.tokenizer.decode(prompt)
+    assert runs(prompt) == []
+
+
 @pytest.mark.parametrize(
     ("messages", "images", "message"),
     [
         ([user("<image>")], 2, "1 <image> markers in the user's turns, but 2 images"),
-        ([user("<image> <image>")], 0, "2 <image> markers in the user's turns, but 0 images"),
+        ([user("<image> <image>")], 1, "2 <image> markers in the user's turns, but 1 images"),
+        (
+            [{"role": "user", "content": [{"type": "image"}]}],
+            0,
+            "1 <image> markers in the user's turns, but 0 images",
+        ),
         ([{"role": "bot", "content": "x"}], 0, "turn 1: unknown role 'bot'"),
         ([user("x"), assistant("  \n")], 0, "an assistant turn is empty"),
         ([user("@" * 4)], 0, "that means an image"),
