@@ -3,15 +3,22 @@
 Here a row is read, brought into one form and checked; tokens and pictures are vlm_dataset.py's.
 """
 
+import codecs
 import json
+import reprlib
 from collections.abc import Iterator
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import datasets.config
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 from datasets.exceptions import DatasetGenerationError
+from tqdm import tqdm
 
 from dataset.errors import DataError
+from dataset.files import sha256_of
 from model.processing_vlm import IMAGE_MARKER, ROLES
 
 FEATURES = Features(
@@ -24,24 +31,35 @@ FEATURES = Features(
     }
 )
 LLAVA_ROLES = {"human": "user", "gpt": "assistant"}
+PICTURE_KEYS = (  # other names of what 'image' holds, and what cannot be trained on: not to be overlooked
+    "image images image_path image_paths image_file image_files image_name image_names image_url image_urls "
+    "image_bytes image_base64 image_data img imgs img_path img_paths img_url picture pictures pic pics photo "
+    "photos pixel_values media video videos video_path video_url audio audios audio_path audio_url"
+).split()
+NOT_JSON = {b"\x1f\x8b": "gzip", b"PK\3\4": "zip", b"PAR1": "Parquet"} | dict.fromkeys(
+    (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, b"{\0", b"[\0", b"\0{", b"\0["), "UTF-16"
+)
+HEAD_BYTES = 4096
+STAT_THREADS, STAT_NAMES = 16, 1000  # a thread looks up that many names at a time
 
 
 def load_rows(paths: list[Path], images_path: Path | None = None) -> Dataset:
-    """Reads JSONL or JSON files into a table with FEATURES.
+    """Reads JSONL or JSON files, told apart by their content, into a table with FEATURES.
 
-    The table is kept in the `datasets` cache and rebuilt when a file changes. Relative image paths are below
-    `images_path`. DataError names file and line of the first row that is not usable.
+    The table is kept in the `datasets` cache and rebuilt when a file or this code changes. Relative image
+    paths are below `images_path`. DataError names file and line of the first row that is not usable, or the
+    first whose picture is missing: that is looked up at every start.
     """
-    stamps = []
+    key = sha256_of(Path(__file__))
     for path in paths:
-        if found := _why_no_file(path):
-            raise DataError(f"{path} {found}, expected a JSONL or JSON file")
-        stamps.append([str(path.resolve()), path.stat().st_mtime_ns, path.stat().st_size])
+        if found := _why_no_file(path) or _why_not_json(path):
+            raise DataError(f"{path} {found}, expected a JSONL or JSON file in UTF-8")
+        stat = path.stat()
+        key += f" {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
     root = str(images_path.resolve()) if images_path else ""
+    arguments = {"files": [str(path.resolve()) for path in paths], "images_root": root, "key": key}
     try:
-        return Dataset.from_generator(
-            _read, features=FEATURES, gen_kwargs={"stamps": stamps, "images_root": root}
-        )
+        rows = Dataset.from_generator(_read, features=FEATURES, gen_kwargs=arguments)
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, DataError):
             raise error.__cause__ from None
@@ -49,6 +67,8 @@ def load_rows(paths: list[Path], images_path: Path | None = None) -> Dataset:
             cache = datasets.config.HF_DATASETS_CACHE
             raise DataError(f"cannot write to HF_DATASETS_CACHE {cache}: {error.__cause__}") from None
         raise
+    _check_pictures(rows, root)
+    return rows
 
 
 def _why_no_file(path: Path) -> str:
@@ -59,74 +79,134 @@ def _why_no_file(path: Path) -> str:
         return f"cannot be read ({error.strerror})"
 
 
+def _why_not_json(path: Path) -> str:
+    """Empty where a file may be JSON, by its first bytes."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(HEAD_BYTES)
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    known = [f"is {name}" for start, name in NOT_JSON.items() if head.startswith(start)]
+    return [*known, "is binary" if b"\0" in head else ""][0]
+
+
 def resolve_image(image: str, images_root: str) -> str:
     return image if Path(image).is_absolute() else str(Path(images_root) / image)
 
 
-def _read(stamps: list[list], images_root: str) -> Iterator[dict]:
-    known: set[str] = set()
+def _missing(image: str, images_root: str) -> bool:
+    return _why_no_file(Path(resolve_image(image, images_root))) != ""
+
+
+def _check_pictures(rows: Dataset, images_root: str) -> None:
+    """DataError names the first row whose picture is missing. Each picture is looked up once."""
+    column = rows.data.table.column("images")
+    images = pc.list_flatten(column)
+    names, gone = images.unique(), []
+
+    def missing(start: int) -> list[str]:
+        part = names.slice(start, STAT_NAMES).to_pylist()
+        return [name for name in part if _missing(name, images_root)]
+
+    starts = range(0, len(names), STAT_NAMES)
+    with ThreadPool(STAT_THREADS) as pool:
+        found = pool.imap(missing, starts)
+        for part in tqdm(found, "looking for pictures", len(starts), leave=False, unit="k", delay=2):
+            gone += part
+    if gone:
+        first = pc.index(pc.is_in(images, pa.array(gone, images.type)), True).as_py()
+        where = rows[pc.list_parent_indices(column)[first].as_py()]["where"]
+        found = f"image {images[first].as_py()!r} not found below {images_root or '.'!r}"
+        raise DataError(f"{where}: {found} ({len(gone)} of {len(names)} pictures are missing)")
+
+
+def _read(files: list[str], images_root: str, key: str) -> Iterator[dict]:
+    """The rows of `files`; `key` is what else decides whether a table that was kept is theirs."""
     empty = True
-    for path, *_ in stamps:
-        for where, row in _raw_rows(Path(path)):
-            clean = normalise_row(row, where)
-            for image in clean["images"]:
-                if image not in known:
-                    if _why_no_file(Path(resolve_image(image, images_root))):
-                        raise DataError(f"{where}: image {image!r} not found below {images_root or '.'!r}")
-                    known.add(image)
+    for file in files:
+        for where, row in _raw_rows(Path(file)):
             empty = False
-            yield clean
+            yield normalise_row(row, where, images_root)
     if empty:
-        raise DataError(f"{', '.join(path for path, *_ in stamps)}: no rows")
+        raise DataError(f"{', '.join(files)}: no rows")
 
 
 def _raw_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    """`(file:line, row)` of a JSONL file, or `(file[index], row)` of a JSON file that holds a list."""
+    """`(file:line, row)` of JSON Lines, or `(file[index], row)` of a JSON list."""
+    where = name = path.name.encode(errors="backslashreplace").decode()
     with path.open("rb") as file:  # a line ends at b"\n" alone; json decodes it
-        if path.suffix == ".json":
-            try:
-                rows = json.load(file)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{path.name}: not JSON ({error})") from None
-            if not isinstance(rows, list):
-                raise DataError(f"{path.name}: expected a list of rows, found {type(rows).__name__}")
-            yield from ((f"{path.name}[{i}]", row) for i, row in enumerate(rows))
-            return
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                yield f"{path.name}:{number}", json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{path.name}:{number}: not JSON ({error})") from None
+        head = file.read(HEAD_BYTES)
+        file.seek(len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0)
+        try:
+            if head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+                yield from ((f"{name}[{i}]", row) for i, row in enumerate(json.load(file)))
+                return
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    where = f"{name}:{number}"
+                    yield where, json.loads(line)
+        except (ValueError, RecursionError) as error:
+            expected = "expected a row on each line, or a JSON list of rows"
+            raise DataError(f"{where}: not JSON ({error}), {expected}") from None
 
 
-def normalise_row(row: dict, where: str) -> dict:
-    """One row in the form of FEATURES; DataError says what is wrong with it."""
+def normalise_row(row: dict, where: str, images_root: str | None = None) -> dict:
+    """One row in the form of FEATURES; DataError says what is wrong with it. Whether a name with a comma is
+    one picture or several, the files below `images_root` decide, if it is given."""
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected an object, found {type(row).__name__}")
-    images = row.get("image") or []
-    if isinstance(images, str):
-        images = [name.strip() for name in images.split(",") if name.strip()]
-    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
-        raise DataError(f"{where}: 'image' must be a path or a list of paths, found {images!r}")
-    if isinstance(row.get("text"), str) and "conversations" not in row:
+    row = _without_nulls(row)
+    images = _images(row, where, images_root)
+    if "text" in row and "conversations" not in row:
         roles, contents = [], [row["text"]]
+        if not isinstance(row["text"], str) or not row["text"].strip():
+            raise DataError(f"{where}: 'text' must be text that is not blank, found {row['text']!r}")
         if images:
             raise DataError(f"{where}: a 'text' row has no images, found {images!r}")
     else:
-        roles, contents = _turns(row, where)
-        _check_turns(roles, contents, len(images), where)
-    return {
-        "where": where,
-        "kind": str(row.get("kind") or ""),
-        "images": images,
-        "roles": roles,
-        "contents": contents,
-    }
+        roles, contents = _turns(row, len(images), where)
+    kind = str(row.get("kind", ""))
+    for field, values in {"image": images, "kind": [kind], "content": contents}.items():
+        for value in values:
+            if value.encode(errors="ignore").decode() != value:
+                raise DataError(f"{where}: {field!r} has half of a surrogate pair: {reprlib.repr(value)}")
+    return {"where": where, "kind": kind, "images": images, "roles": roles, "contents": contents}
 
 
-def _turns(row: dict, where: str) -> tuple[list[str], list[str]]:
+def _without_nulls(entry: dict) -> dict:
+    """Columns that some rows lack are filled with null or NaN by what writes tables."""
+    return {key: value for key, value in entry.items() if value is not None and value == value}
+
+
+def _images(row: dict, where: str, images_root: str | None) -> list[str]:
+    given = [row[key] for key in ("image", "images") if row.get(key, "") not in ("", [])]
+    if not given:
+        _refuse_pictures(row, where)
+        return []
+    images = given[0]
+    if len(given) > 1 and given[1] != images:
+        raise DataError(f"{where}: has both 'image' and 'images', and they differ")
+    if isinstance(images, str):
+        whole, images = images.strip(), [name.strip() for name in images.split(",") if name.strip()]
+        if len(images) > 1 and images_root is not None:
+            if not _missing(whole, images_root):
+                return [whole]
+            if gone := [name for name in images if _missing(name, images_root)]:
+                found = f"image {gone[0]!r} not found below {images_root or '.'!r}: {whole!r} was split at"
+                raise DataError(f"{where}: {found} the comma, as there is no file of the whole name")
+    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+        raise DataError(f"{where}: 'image' must be a path or a list of paths, found {images!r}")
+    return images
+
+
+def _refuse_pictures(entry: dict, where: str) -> None:
+    for key, value in entry.items():
+        if value and key.lower() in PICTURE_KEYS:
+            found = f"{key!r}: {reprlib.repr(value)}"
+            raise DataError(f"{where}: pictures are expected in the row's 'image', as paths; found {found}")
+
+
+def _turns(row: dict, images: int, where: str) -> tuple[list[str], list[str]]:
     turns = row.get("conversations")
     if not isinstance(turns, list) or not turns:
         raise DataError(f"{where}: expected a non-empty list 'conversations', found {turns!r}")
@@ -134,6 +214,8 @@ def _turns(row: dict, where: str) -> tuple[list[str], list[str]]:
     for number, turn in enumerate(turns, start=1):
         if not isinstance(turn, dict):
             raise DataError(f"{where}: turn {number} is not an object with 'role' and 'content'")
+        turn = _without_nulls(turn)
+        _refuse_pictures(turn, f"{where}: turn {number}")
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         role = LLAVA_ROLES.get(role, role) if isinstance(role, str) else role
         if role not in ROLES:
@@ -142,17 +224,12 @@ def _turns(row: dict, where: str) -> tuple[list[str], list[str]]:
             )
         if not isinstance(content, str):
             raise DataError(f"{where}: turn {number}: 'content' must be text, found {content!r}")
-        if content.encode(errors="ignore").decode() != content:
-            raise DataError(f"{where}: turn {number}: 'content' has half of a surrogate pair")
         roles.append(role)
         contents.append(content)
-    return roles, contents
-
-
-def _check_turns(roles: list[str], contents: list[str], images: int, where: str) -> None:
-    turns = list(zip(roles, contents, strict=True))
-    if any(role == "assistant" and not content.strip() for role, content in turns):
+    if any(role == "assistant" and not text.strip() for role, text in zip(roles, contents, strict=True)):
         raise DataError(f"{where}: an assistant turn is empty")
-    markers = sum(content.count(IMAGE_MARKER) for role, content in turns if role == "user")
-    if images and markers != images and (markers or "user" not in roles):
+    asked = [text for role, text in zip(roles, contents, strict=True) if role == "user"]
+    markers = sum(text.count(IMAGE_MARKER) for text in asked)
+    if images and markers != images and (markers or not asked):
         raise DataError(f"{where}: {markers} {IMAGE_MARKER} markers in the user's turns, but {images} images")
+    return roles, contents

@@ -3,6 +3,7 @@
 P placeholder tokens per image, T tokens, N images of the row.
 """
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +15,12 @@ from transformers import PreTrainedTokenizerBase
 
 from dataset.errors import DataError
 from dataset.feature_cache import FeatureCache
+from dataset.files import sha256_of
 from dataset.images import open_image
 from dataset.rows import load_rows, resolve_image
 from model.processing_vlm import IGNORE_INDEX, IMAGE_MARKER, MiniMindVLMProcessor, control_tokens
 
+log = logging.getLogger(__name__)
 TOKENS_AROUND_A_TURN = 6  # two control tokens, the role and the newlines
 
 
@@ -56,15 +59,19 @@ class VLMDataset(Dataset):
         self.images_root = str(images_path.resolve()) if images_path else ""
         self.features: FeatureCache | None = None  # set it to read features instead of pictures
         self.rows = load_rows(paths, images_path)
+        arguments = {"tokenizer": processor.tokenizer, "system_tokens": _default_system_tokens(processor)}
         self.tokens = self.rows.map(
             _count_tokens,
             batched=True,
-            fn_kwargs={"tokenizer": processor.tokenizer, "system_tokens": _default_system_tokens(processor)},
+            fn_kwargs=arguments | {"code": sha256_of(Path(__file__))},
             remove_columns=self.rows.column_names,
             desc="counting tokens",
         )  # kept in the cache of `datasets`, beside the rows
         with_images = np.flatnonzero(self.tokens.data.table.column("images").to_numpy())
-        if processor.image_processor is None and len(with_images):
+        if processor.image_processor is not None:
+            names = ", ".join(path.name for path in paths)
+            log.info("%s: %d of %d rows have pictures", names, len(with_images), len(self))
+        elif len(with_images):
             where = self.rows[int(with_images[0])]["where"]
             raise DataError(f"{where}: has images, but only text can be trained on here")
 
@@ -100,7 +107,8 @@ class VLMDataset(Dataset):
         images = row["images"]
         try:
             ids, labels = self._encode(row)
-            input_ids, labels, kept = cut(ids, labels, self.max_length, len(images), self._placeholder)
+            run = [self.processor.placeholder_id] * self.processor.tokens_per_image
+            input_ids, labels, kept = cut(ids, labels, self.max_length, len(images), run)
         except Exception as error:  # a chat template, too, refuses what it does not like
             raise DataError(f"{row['where']}: {error}") from None
         paths = [resolve_image(image, self.images_root) for image in images[:kept]]
@@ -124,15 +132,9 @@ class VLMDataset(Dataset):
         messages = [{"role": role, "content": content} for role, content in turns]
         return self.processor.encode_chat(messages, len(row["images"]))
 
-    @property
-    def _placeholder(self) -> list[int]:
-        """The ids of one image: P times the placeholder."""
-        processor = self.processor
-        return [processor.placeholder_id] * processor.tokens_per_image
-
 
 def _count_tokens(
-    rows: dict[str, list], tokenizer: PreTrainedTokenizerBase, system_tokens: int
+    rows: dict[str, list], tokenizer: PreTrainedTokenizerBase, system_tokens: int, code: str
 ) -> dict[str, list[int]]:
     """Tokens of each row's text, with those around its turns and images, and its number of images."""
     control, encode = control_tokens(tokenizer), tokenizer._encode_without_added_tokens

@@ -63,8 +63,7 @@ class MiniMindVLMProcessor(ProcessorMixin):
         return self._encode(messages)
 
     def encode_text(self, text: str) -> list[int]:
-        """Token ids of plain text between the two control tokens of a turn; ValueError if it looks like an
-        image."""
+        """Token ids of plain text between a turn's control tokens; ValueError if it looks like an image."""
         text = self._with_placeholders(text, expand=False)
         ids = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
         return [self.tokenizer.bos_token_id, *ids, self.tokenizer.eos_token_id]
@@ -234,18 +233,14 @@ class MiniMindVLMProcessor(ProcessorMixin):
     def _spans(self, pieces: list[str], texts: list[str]) -> Iterator[tuple[str, bool]]:
         """Texts to be tokenized apart, and whether they are learnt. Every second piece is an answer's number
         in `texts`."""
-        header, end = f"{self.tokenizer.bos_token}assistant\n", self.tokenizer.eos_token
+        header, end = re.escape(f"{self.tokenizer.bos_token}assistant\n"), re.escape(self.tokenizer.eos_token)
+        around = re.compile(rf"((?:{end}\n?)?)(.*{header}|.*)(.*)", re.DOTALL)
         for i, piece in enumerate(pieces):
             if i % 2:
                 yield texts[int(piece)], True
                 continue
-            ended = len(end) if i and piece.startswith(end) else 0
-            ended += ended > 0 and piece.startswith("\n", ended)
-            start = piece.rfind(header, ended)
-            start = len(piece) if start < 0 else start + len(header)
-            yield piece[:ended], True
-            yield piece[ended:start], False
-            yield piece[start:], i < len(pieces) - 1  # what a template writes before each answer
+            ended, between, begun = around.fullmatch(piece).groups()  # begun: a think block, say
+            yield from ((ended, i > 0), (between, False), (begun, i < len(pieces) - 1))
 
     @staticmethod
     def _pictures_inside(messages: Sequence[dict]) -> list:

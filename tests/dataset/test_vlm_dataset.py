@@ -1,11 +1,14 @@
 """Samples: cutting long rows, pictures, rows without anything to learn."""
 
+import logging
+
 import numpy as np
 import pytest
 import torch
 from conftest import write_rows
 from PIL import Image
 
+import dataset.vlm_dataset
 from dataset.errors import DataError
 from dataset.images import open_image
 from dataset.vlm_dataset import VLMDataset, cut
@@ -67,6 +70,21 @@ def test_the_text_stage_has_no_use_for_images(data, processor):
     assert VLMDataset([data / "texts.jsonl"], text_only, 512)[0].supervised
     with pytest.raises(DataError, match=r"dialogues.jsonl:2: has images, but only text can be trained on"):
         VLMDataset([data / "dialogues.jsonl"], text_only, 512, data / "images")
+
+
+def test_the_log_says_how_many_rows_have_pictures(data, processor, caplog):
+    with caplog.at_level(logging.INFO):
+        VLMDataset([data / "dialogues.jsonl", data / "texts.jsonl"], processor, 512, data / "images")
+    assert "dialogues.jsonl, texts.jsonl: 5 of 16 rows have pictures" in caplog.messages
+
+
+def test_newer_code_counts_tokens_anew(data, processor, monkeypatch):
+    counts = [VLMDataset([data / "texts.jsonl"], processor, 512).tokens.cache_files for _ in range(2)]
+    newer = data / "vlm_dataset.py"
+    newer.write_text("# another version")
+    monkeypatch.setattr(dataset.vlm_dataset, "__file__", str(newer))
+    counts.append(VLMDataset([data / "texts.jsonl"], processor, 512).tokens.cache_files)
+    assert counts[0] == counts[1] != counts[2]
 
 
 def test_a_row_cut_before_its_answer_has_nothing_to_learn(data, processor):
