@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from dataset.errors import DataError
 from dataset.files import sha256_of, write_atomically
-from dataset.images import open_image
+from dataset.images import PIXELS_VERSION, open_image
 from model.model_vlm import MiniMindVLM
 from model.processing_vlm import MiniMindVLMProcessor
 
@@ -89,7 +89,8 @@ def open_feature_cache(
     """The cache in `folder` for this encoder, in `dtype`, "float16" or "int8": the encoder's weights, config
     and preprocessing are part of the key, and so is int8."""
     config = model.vision_encoder.config.to_dict()
-    settings = [processor.image_processor.to_dict(), {k: config[k] for k in config.keys() - VOLATILE}]
+    fixed = {name: config[name] for name in config.keys() - VOLATILE}
+    settings = [PIXELS_VERSION, processor.image_processor.to_dict(), fixed]
     key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     if dtype != "float16":
         key.update(dtype.encode())
@@ -131,7 +132,8 @@ def encode_missing(
             shard = share[start : start + SHARD_IMAGES]
             features = []
             for first in range(0, len(shard), BATCH_IMAGES):
-                pictures = [open_image(*item) for _, item in shard[first : first + BATCH_IMAGES]]
+                batch = shard[first : first + BATCH_IMAGES]
+                pictures = [open_image(*item, processor.image_size) for _, item in batch]
                 pixel_values = processor.pixel_values(pictures).to(model.device)  # (images, 3, H, W)
                 encoded = model.get_image_embeddings(pixel_values, model.vision_encoder)
                 features.append(_to_stored(encoded.cpu(), cache.dtype))

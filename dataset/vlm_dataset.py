@@ -120,7 +120,8 @@ class VLMDataset(Dataset):
             return sample
         for path in paths:
             if path not in pictures:
-                (pictures[path],) = self.processor.pixel_values([open_image(path, row["where"])])
+                picture = open_image(path, row["where"], self.processor.image_size)
+                (pictures[path],) = self.processor.pixel_values([picture])
         sample.pixel_values = torch.stack([pictures[path] for path in paths])
         return sample
 

@@ -91,7 +91,7 @@ def encode_pictures(
     where = pictures_of(questions)
     features: Features = {}
     for paths in chunks(list(where), batch_size):
-        pictures = [open_image(path, where[path]) for path in paths]
+        pictures = [open_image(path, where[path], processor.image_size) for path in paths]
         if blank:
             pictures = [Image.new("RGB", picture.size, MID_GREY) for picture in pictures]
         pixel_values = processor.pixel_values(pictures).to(model.device)  # (B, 3, H, W)

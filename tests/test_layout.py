@@ -34,7 +34,8 @@ def test_imports_go_one_way(path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "model").glob("*.py")), ids=lambda path: path.name)
 def test_model_files_can_travel_with_an_export(path):
-    assert imported(path) <= {".", "torch", "transformers", *sys.stdlib_module_names}
+    # transformers itself opens pictures with PIL: no image processor works without
+    assert imported(path) <= {".", "torch", "transformers", "PIL", *sys.stdlib_module_names}
 
 
 def test_training_is_understood_in_an_evening():

@@ -102,10 +102,13 @@ class TerminalChat:
         if not argument:
             raise UserError("/image needs the path of a picture")
         path = typed_path("/image", argument)
-        picture = open_image(str(path), "/image")
-        features = [encode_picture(speaker.model, speaker.processor, picture) for speaker in self.speakers]
+        seen = [open_image(str(path), "/image", speaker.processor.image_size) for speaker in self.speakers]
+        features = [
+            encode_picture(speaker.model, speaker.processor, picture)
+            for speaker, picture in zip(self.speakers, seen, strict=True)
+        ]
         self.pictures.append(Picture(path, features))
-        draw(picture)
+        draw(seen[0])
         print(f"picture {len(self.pictures)}: {path.name}")
 
     def drop(self, argument: str) -> None:

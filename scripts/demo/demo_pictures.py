@@ -43,7 +43,7 @@ def load_sprites(held_out: bool) -> Sprites:
     table = pq.read_table(DEMO_DIR / "sprites.parquet", filters=[style_filter])
     sprites: Sprites = {}
     for row in table.to_pylist():
-        drawing = Image.open(io.BytesIO(row["image"])).convert("RGBA")
+        drawing = Image.open(io.BytesIO(row["image"]), formats=["WEBP"]).convert("RGBA")
         sprites.setdefault(row["name"], {})[row["style"]] = drawing
     return sprites
 

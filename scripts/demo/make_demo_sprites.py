@@ -59,7 +59,7 @@ def render(icon_set: dict, name: str) -> Image.Image:
         f'viewBox="{" ".join(map(str, box))}">{icon["body"]}</svg>'
     )
     png = resvg_py.svg_to_bytes(svg_string=svg, width=RENDER_SIZE, height=RENDER_SIZE)
-    drawing = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+    drawing = Image.open(io.BytesIO(bytes(png)), formats=["PNG"]).convert("RGBA")
     visible = drawing.getchannel("A").point(lambda alpha: 255 if alpha > 8 else 0)
     drawing = drawing.crop(visible.getbbox())
     scale = SPRITE_SIZE / max(drawing.size)

@@ -1,10 +1,18 @@
 """Prompts and labels: what stands for an image, what is learnt, what is only text."""
 
+import base64
+import functools
+import io
+import re
+import threading
+from http.server import HTTPServer, SimpleHTTPRequestHandler
+
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AddedToken, PreTrainedTokenizerFast
+from transformers import AddedToken, CLIPImageProcessorPil, PreTrainedTokenizerFast
 
 from model.processing_vlm import IGNORE_INDEX, MiniMindVLMProcessor
 
@@ -241,3 +249,123 @@ def test_saved_processor_gives_the_same_ids(processor, tmp_path):
     assert loaded.encode_chat(messages, 1) == processor.encode_chat(messages, 1)
     picture = Image.linear_gradient("L").convert("RGB")
     assert torch.equal(loaded.pixel_values([picture]), processor.pixel_values([picture]))
+
+
+RAMP = np.linspace(0, 1, 60 * 40).reshape(60, 40)  # (H, W)
+GREY = Image.fromarray((RAMP * 255).round().astype(np.uint8))
+COLOUR = np.random.default_rng(0).integers(0, 256, (60, 40, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("given", "same_as"),
+    [
+        (np.asarray(GREY), GREY),
+        ((RAMP * 65535).round().astype(np.uint16), GREY),
+        ((RAMP * 65535).round().astype(">u2"), GREY),
+        (RAMP.astype(np.float32), GREY),
+        (torch.tensor(RAMP)[None], GREY),
+        (np.asarray(GREY).astype(np.int64)[..., None], GREY),
+        (RAMP > 0.5, Image.fromarray(RAMP > 0.5)),
+        (COLOUR, Image.fromarray(COLOUR)),
+        (COLOUR[..., ::-1], Image.fromarray(COLOUR[..., ::-1].copy())),
+        (COLOUR.astype(np.uint16) * 257, Image.fromarray(COLOUR)),
+        (COLOUR / 255, Image.fromarray(COLOUR)),
+        (torch.tensor(COLOUR).permute(2, 0, 1), Image.fromarray(COLOUR)),
+        (Image.fromarray((RAMP * 65535).round().astype(np.uint16)), GREY),
+        (Image.fromarray(RAMP.astype(np.float32)), GREY),
+        (Image.new("LA", (40, 60), (0, 0)), Image.new("RGB", (40, 60), "white")),
+        (np.zeros((60, 40, 4), np.uint8), Image.new("RGB", (40, 60), "white")),
+    ],
+    ids=(
+        "grey grey_16 grey_big_endian grey_float grey_tensor grey_int64 bits colour colour_flipped colour_16 "
+        "colour_float colour_channels_first pil_16 pil_float pil_transparent array_transparent"
+    ).split(),
+)
+def test_pictures_of_any_kind_give_the_pixel_values_of_8_bit_rgb(processor, given, same_as):
+    expected = processor.image_processor([same_as.convert("RGB")], return_tensors="pt")["pixel_values"]
+    assert torch.equal(processor.pixel_values([given]), expected)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            RAMP * 255,
+            "an array (60, 40) of float64, 0 to 255, is no picture: expected (H, W) or (H, W, 3), 0 to 1",
+        ),
+        (np.full((4, 4), np.nan), "an array (4, 4) of float64, nan to nan, is no picture: expected"),
+        (
+            np.full((4, 4), -1),
+            "an array (4, 4) of int64, -1 to -1, is no picture: ",
+        ),
+        (
+            np.zeros((2, 4, 4, 3)),
+            "an array (2, 4, 4, 3) of float64 is no picture: expected (H, W)",
+        ),
+        (np.zeros((0, 4)), "an array (0, 4) of float64 is no picture: expected (H, W)"),
+        ("nowhere/deer.png", "cannot read image nowhere/deer.png ([Errno 2] No such file or directory"),
+        ("ftp://a.b/deer.png", "cannot read image ftp://a.b/deer.png ([Errno 2]"),
+        ("http://127.0.0.1:9/a.png", "cannot read image http://127.0.0.1:9/a.png ("),
+        (base64.b64encode(b"?" * 300).decode(), "cannot read image Pz8/"),
+    ],
+    ids="float_255 nan negative batch empty no_file scheme no_answer base64".split(),
+)
+def test_what_is_no_picture_is_named(processor, given, message):
+    with pytest.raises(ValueError, match="^" + re.escape(message)) as error:
+        processor.pixel_values([given])
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+def png(picture: Image.Image) -> bytes:
+    stream = io.BytesIO()
+    picture.save(stream, "PNG")
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("form", ["{}", "data:image/png;base64,{}"], ids=["bare", "data_url"])
+def test_base64_is_a_picture(processor, form):
+    given = form.format(base64.b64encode(png(Image.fromarray(COLOUR))).decode())
+    assert torch.equal(processor.pixel_values([given]), processor.pixel_values([COLOUR]))
+
+
+@pytest.mark.parametrize("how", ["path", "base64"])
+def test_a_file_of_another_format_is_no_picture(processor, tmp_path, how):
+    content = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EOF\n"
+    (tmp_path / "a.png").write_bytes(content)
+    given = tmp_path / "a.png" if how == "path" else base64.b64encode(content).decode()
+    with pytest.raises(ValueError, match=r"^cannot read image .* \(not a picture, expected PNG, JPEG, "):
+        processor.pixel_values([given])
+
+
+@pytest.mark.parametrize("how", ["path", "pil"])
+def test_orientation_is_followed(processor, tmp_path, how):
+    exif = Image.new("RGB", (1, 1)).getexif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    Image.fromarray(COLOUR).save(tmp_path / "a.png", exif=exif)
+    given = tmp_path / "a.png" if how == "path" else Image.open(tmp_path / "a.png")
+    upright = np.ascontiguousarray(np.rot90(COLOUR, -1))
+    assert torch.equal(processor.pixel_values([given]), processor.pixel_values([upright]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "size"),
+    [
+        ({"size": {"shortest_edge": 256}}, 256),
+        ({"size": {"height": 224, "width": 384}}, 384),
+        ({"do_resize": False}, None),
+    ],
+    ids=["shortest_edge", "height_and_width", "not_scaled"],
+)
+def test_image_size_is_what_preprocessing_scales_to(tokenizer, settings, size):
+    image_processor = CLIPImageProcessorPil(**settings)
+    assert MiniMindVLMProcessor(image_processor, tokenizer).image_size == size
+
+
+def test_a_url_is_fetched_once(processor, tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(png(Image.fromarray(COLOUR)))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    with HTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        found = processor.pixel_values([f"http://127.0.0.1:{server.server_port}/a.png"])
+    assert torch.equal(found, processor.pixel_values([COLOUR]))
