@@ -253,8 +253,7 @@ A MiniMind-V vision-language model that answers questions about one or several i
 
 - Language model: {config.num_hidden_layers} layers of width {config.hidden_size} ({kind}), with the
   projection {parameters} million parameters; last trained in stage `{stage}`.
-- Base encoder, frozen and contained here: {encoder} ({vision.model_type}, {vision.image_size} px,
-  {tokens} tokens per image).
+- Base encoder, frozen and contained here: {encoder} ({vision.model_type}, {tokens} tokens per image).
 
 ## Use
 

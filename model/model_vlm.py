@@ -1,14 +1,14 @@
 """MiniMindVLM: the language model, a frozen vision encoder, and one linear layer between them.
 
 A text holds a run of placeholder ids for every image; `forward` puts projected patch features in their place.
-Turning pictures and messages into tensors is `processing_vlm.py`'s work. Needs only torch and transformers.
+Turning pictures and messages into tensors is `processing_vlm.py`'s work. Needs torch, transformers and PIL.
 Shapes: B batch, T tokens, I image slots per row, P tokens per image, W the encoder's width, C hidden size.
 """
 
-from dataclasses import field
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -16,6 +16,7 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import logging
 
 from .model_minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindOutput
+from .processing_vlm import first_line, to_rgb
 
 # Compared by identity: an equal path that the caller wrote counts as given explicitly.
 _DEFAULT_PATH = "./model/vision_model/clip-vit-base-patch16"
@@ -23,19 +24,25 @@ _IMAGE_INPUTS = ("pixel_values", "image_features", "image_counts")
 
 
 class VLMConfig(MiniMindConfig):
-    """The language model's config, the placeholder, and the encoder's own config: all there is to know."""
+    """The language model's config, the placeholder, and the encoder's own config: all there is to know.
+
+    `image_ids` has an id for each token of an image; if not given, for each patch by `vision_config`.
+    """
 
     model_type = "minimind-v"
     sub_configs_defaults = {  # noqa: RUF012 (the library's class attribute)
         "vision_config": SubConfigSpec(AutoConfig, model_type="clip_vision_model", optional=True)
     }
 
-    image_special_token: str = "@" * 196
-    image_ids: list[int] = field(default_factory=lambda: [34] * 196)
+    image_special_token: str | None = None
+    image_ids: list[int] | None = None
     vision_config: dict | PreTrainedConfig | None = None
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
+        if self.image_ids is None:
+            self.image_ids = [34] * (patch_count(self.vision_config) if self.vision_config else 196)
+        self.image_special_token = self.image_special_token or "@" * len(self.image_ids)
         if not self.image_ids or len(set(self.image_ids)) != 1:
             raise ValueError("image_ids must be one id, repeated for every token of an image")
 
@@ -62,11 +69,12 @@ class MiniMindVLM(MiniMindForCausalLM):
         self.vision_encoder, self.processor = self._resolve_encoder(vision_model_path)
         vision_size = 768
         if self.vision_encoder is not None:
-            vision_config = self.vision_encoder.config
-            vision_size, tokens = vision_config.hidden_size, patch_count(vision_config)
-            self.config.vision_config = vision_config
-            self.config.image_ids = self.config.image_ids[:1] * tokens
-            self.config.image_special_token = self.config.image_special_token[:1] * tokens
+            self.config.vision_config = vision_config = self.vision_encoder.config
+            vision_size = vision_config.hidden_size
+            if self.processor is not None:  # it decides how large a picture is, and the config need not know
+                tokens = patch_count(vision_config, _blank_pixels(self.processor))
+                self.config.image_ids = self.config.image_ids[:1] * tokens
+                self.config.image_special_token = self.config.image_special_token[:1] * tokens
         self.vision_proj = VisionProj(vision_size, self.config.hidden_size)
         self.post_init()
         self.train(self.training)
@@ -85,48 +93,38 @@ class MiniMindVLM(MiniMindForCausalLM):
     def get_vision_model(model_path: str | Path) -> tuple[PreTrainedModel, object]:
         """The vision tower (fp32, frozen, eval mode) and the image processor of a transformers folder.
 
-        A folder with a text tower beside it (CLIP, SigLIP) gives its vision tower. Raises FileNotFoundError
-        for a missing folder, ValueError for one that holds something else.
+        A folder with a text tower beside it (CLIP, SigLIP) gives its vision tower; what it lacks of layers
+        that no patch depends on, such as a pooler, becomes zeros. Raises FileNotFoundError for a missing
+        folder, ValueError for one that holds something else or whose parts do not fit together.
         """
         folder = Path(model_path)
         if not folder.is_dir():
             raise FileNotFoundError(
                 f"no vision encoder at {folder}: get CLIP-ViT-B/16 with `python scripts/download.py clip`"
             )
-        try:
-            config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"{folder} is not a vision encoder: no config.json of a known model") from error
-        config = getattr(config, "vision_config", None) or config
-        found = (
-            f"{folder} is not a vision encoder with patch tokens, but a model of type {config.model_type!r}"
-        )
-        patch_count(config, otherwise=found)
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # or each weight of the text tower is reported
         try:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            config = getattr(config, "vision_config", None) or config
+            patch_count(config)
             encoder, report = AutoModel.from_pretrained(
                 folder, config=config, dtype=torch.float32, local_files_only=True, output_loading_info=True
             )
             # Without a named backend the result depends on whether torchvision is installed.
             processor = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
+            _check_encoder(encoder.eval(), processor, report["missing_keys"])
         except Exception as error:  # a damaged safetensors file has an exception type of its own
-            raise ValueError(
-                f"{folder} is not a usable vision encoder: {str(error).splitlines()[0]}"
-            ) from error
+            raise ValueError(f"{folder} is not a usable vision encoder: {first_line(error)}") from error
         finally:
             logging.set_verbosity(verbosity)
-        if report["missing_keys"]:
-            raise ValueError(
-                f"{folder} lacks weights of its vision encoder: {min(report['missing_keys'])}, ..."
-            )
         encoder.config.name_or_path = ""  # a path of this machine has no place in an exported config
-        return encoder.requires_grad_(False).eval(), processor
+        return encoder.requires_grad_(False), processor
 
     @staticmethod
     def image2tensor(image, processor) -> torch.Tensor:
         """A PIL image of any mode -> (1, 3, H, W), as the encoder wants it."""
-        return processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"]
+        return processor(images=to_rgb(image), return_tensors="pt")["pixel_values"]
 
     @staticmethod
     def get_image_embeddings(pixel_values: torch.Tensor, vision_model: PreTrainedModel) -> torch.Tensor:
@@ -137,15 +135,7 @@ class MiniMindVLM(MiniMindForCausalLM):
         """
         with torch.no_grad(), torch.autocast(pixel_values.device.type, enabled=False):
             states = vision_model(pixel_values=pixel_values.to(vision_model.dtype)).last_hidden_state
-        patches = patch_count(vision_model.config)
-        if states.shape[1] == patches + 1:
-            states = states[:, 1:]  # the class token
-        if states.shape[1] != patches:
-            raise ValueError(
-                f"the encoder gave {states.shape[1]} tokens for an image of {patches} patches; "
-                "only one class token can be dropped"
-            )
-        return states  # (B, P, W)
+        return _patches(states, vision_model.config, pixel_values)
 
     def train(self, mode: bool = True) -> "MiniMindVLM":
         super().train(mode)
@@ -301,17 +291,55 @@ class MiniMindVLM(MiniMindForCausalLM):
         return inputs
 
 
-def patch_count(vision_config: PreTrainedConfig, otherwise: str | None = None) -> int:
-    """Patches of one image. ValueError (with the text `otherwise`) for a config that has none."""
+def patch_count(vision_config: PreTrainedConfig, pixel_values: torch.Tensor | None = None) -> int:
+    """Patches of one image: of those in `pixel_values` (B, 3, H, W), else of one of the config's size.
+
+    ValueError for a config that knows no patches.
+    """
     sizes = [getattr(vision_config, name, None) for name in ("image_size", "patch_size")]
     if None in sizes or not hasattr(vision_config, "hidden_size"):
-        raise ValueError(
-            otherwise or f"a {vision_config.model_type!r} config has no image_size and patch_size"
-        )
+        raise ValueError(f"a {vision_config.model_type!r} config has no image_size and patch_size")
+    if pixel_values is not None:
+        sizes[0] = pixel_values.shape[-2:]
     (height, width), (patch_height, patch_width) = (
         size if isinstance(size, (list, tuple)) else (size, size) for size in sizes
     )
     return (height // patch_height) * (width // patch_width)
+
+
+def _patches(states: torch.Tensor, config: PreTrainedConfig, pixel_values: torch.Tensor) -> torch.Tensor:
+    """The encoder's `states` (B, class token + registers + P, W) without what is no patch: (B, P, W)."""
+    patches, registers = patch_count(config, pixel_values), getattr(config, "num_register_tokens", 0)
+    if states.shape[1] not in (patches, patches + 1 + registers):
+        raise ValueError(
+            f"the encoder gave {states.shape[1]} tokens for an image of {patches} patches; "
+            f"only a class token and {registers} registers can be dropped"
+        )
+    return states[:, -patches:]
+
+
+def _blank_pixels(processor) -> torch.Tensor:
+    """A blank picture, preprocessed: (1, 3, H, W). ValueError if a wide and a high one become unlike."""
+    pictures = [Image.new("RGB", size) for size in ((64, 48), (48, 64))]
+    wide, high = (processor(images=picture, return_tensors="pt")["pixel_values"] for picture in pictures)
+    if wide.shape != high.shape:
+        sizes = f"{tuple(wide.shape[1:])} and {tuple(high.shape[1:])}"
+        raise ValueError(f"its preprocessing makes pictures of {sizes}, expected one size for all")
+    return wide
+
+
+def _check_encoder(encoder: PreTrainedModel, processor, missing: set[str]) -> None:
+    """Whatever error a picture meets on its way; ValueError if a `missing` weight has part in its patches."""
+    pixel_values = _blank_pixels(processor)
+    with torch.enable_grad():
+        states = encoder(pixel_values=pixel_values).last_hidden_state
+        states = _patches(states, encoder.config, pixel_values)  # (1, P, W)
+        weights = [encoder.get_parameter(name) for name in sorted(missing)]
+        used = torch.autograd.grad(states.sum(), weights, allow_unused=True) if weights else []
+    if lacking := [name for name, part in zip(sorted(missing), used, strict=True) if part is not None]:
+        raise ValueError(f"its weights lack {lacking[0]}, ...")
+    for weight in weights:  # random ones would give every process features of its own key
+        nn.init.zeros_(weight)
 
 
 def load_weights(

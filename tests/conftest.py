@@ -15,7 +15,15 @@ import pytest
 import torch
 from entry_points import ROOT, EntryPoint, start_server
 from PIL import Image
-from transformers import AutoImageProcessor, AutoTokenizer
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    BitImageProcessorPil,
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+)
 
 from common.setup import build_vlm
 from common.weights import describe, half_state, save_weights
@@ -129,6 +137,30 @@ def weight(world, tokenizer) -> Path:
         describe(model, tokenizer, "sft_vlm", 1, {"vision_model_path": str(TINY_ENCODER)}),
     )
     return path
+
+
+TINY_VIT = dict(
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    image_size=70,
+    patch_size=14,
+)
+
+
+def save_dinov2(folder: Path, registers: int = 0) -> Path:
+    """A random DINOv2 for 70 pixels by its config, 56 by its preprocessing, as the published ones for 518 and
+    224: 16 patches, a class token and `registers`."""
+    torch.manual_seed(0)
+    if registers:
+        config = Dinov2WithRegistersConfig(**TINY_VIT, num_register_tokens=registers)
+        Dinov2WithRegistersModel(config).save_pretrained(folder)
+    else:
+        Dinov2Model(Dinov2Config(**TINY_VIT)).save_pretrained(folder)
+    sizes = {"size": {"shortest_edge": 64}, "crop_size": {"height": 56, "width": 56}}
+    BitImageProcessorPil(**sizes).save_pretrained(folder)
+    return folder
 
 
 def row(kind: str, turns: list[tuple[str, str]], image: str = "") -> dict:

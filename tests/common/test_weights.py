@@ -184,7 +184,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 def test_encoder_that_is_not_there_or_not_one_is_named(tmp_path, tokenizer):
     with pytest.raises(UserError, match=r"python scripts/download.py clip"):
         build_vlm(SIZES, str(tmp_path / "clip"), tokenizer)
-    with pytest.raises(UserError, match="not a vision encoder"):
+    with pytest.raises(UserError, match="not a usable vision encoder"):
         build_vlm(SIZES, str(ROOT / "model/tokenizer"), tokenizer)
 
 

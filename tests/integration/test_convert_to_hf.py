@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, save_dinov2
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -110,17 +110,17 @@ def own_module_cache(tmp_path_factory):
         yield
 
 
-def make_weights(folder: Path, **config) -> Path:
+def make_weights(folder: Path, encoder: Path = ENCODER, **config) -> Path:
     """A random model, loud enough for every weight to matter, saved as training saves it."""
     torch.manual_seed(0)
     tokenizer = load_tokenizer(str(TOKENIZER))
-    model, _ = build_vlm(TINY | config, str(ENCODER), tokenizer)
+    model, _ = build_vlm(TINY | config, str(encoder), tokenizer)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if not key.startswith("vision_encoder.") and parameter.dim() > 1:
                 parameter.mul_(5)
     path = folder / "tiny.pth"
-    arguments = {"vision_model_path": str(ENCODER), "note": "中文"}
+    arguments = {"vision_model_path": str(encoder), "note": "中文"}
     save_weights(path, half_state(model.state_dict()), describe(model, tokenizer, "sft_vlm", 7, arguments))
     return path
 
@@ -307,6 +307,18 @@ def test_round_trip_gives_the_same_bytes(convert, tmp_path, config):
 
     assert (tmp_path / "back/again.pth").read_bytes() == source.read_bytes()
     assert (tmp_path / "back/again.json").read_bytes() == source.with_suffix(".json").read_bytes()
+
+
+def test_an_encoder_with_registers_and_other_preprocessing_is_exported(convert, tmp_path):
+    """Its config speaks of 25 patches, its preprocessing makes 16."""
+    source = make_weights(tmp_path, save_dinov2(tmp_path / "dinov2", registers=4))
+
+    assert convert("--weight", source, "--out", tmp_path / "hf") == (0, "")
+
+    model, processor = load_vlm(str(tmp_path / "hf"))
+    assert len(model.config.image_ids) == processor.tokens_per_image == 16
+    card = (tmp_path / "hf/README.md").read_text(encoding="utf-8")
+    assert "(dinov2_with_registers, 16 tokens per image)" in card
 
 
 def test_bare_pth_is_exported_and_comes_back(convert, tmp_path):

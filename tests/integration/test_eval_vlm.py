@@ -290,7 +290,10 @@ def test_flags_that_make_no_sense_are_wrong_usage(arguments, message, monkeypatc
             "--report /proc/r.json",
         ),
         (["--data_path", "{world}/text.jsonl", "--score", "--report", "{too_long}"], "--report {too_long}: "),
-        (["--image", "{world}/images/red.png", "--vision_model_path", "{world}"], "is not a vision encoder"),
+        (
+            ["--image", "{world}/images/red.png", "--vision_model_path", "{world}"],
+            "is not a usable vision encoder",
+        ),
         (
             ["--image", "{world}/images/red.png", "--vision_model_path", "{world}/no"],
             "scripts/download.py clip",

@@ -347,7 +347,7 @@ def test_weights_that_do_not_fit_are_refused(data, tmp_path, run):
     (out / "pretrain_vlm_64.json").write_text(json.dumps(sidecar))
     assert "was trained with another tokenizer" in error_line(run(*command, expect=1))
     no_encoder = [*pretrain(data, tmp_path / "two"), "--vision_model_path", ROOT / "model/tokenizer"]
-    assert "is not a vision encoder" in error_line(run(*no_encoder, expect=1))
+    assert "is not a usable vision encoder" in error_line(run(*no_encoder, expect=1))
 
 
 def test_weights_are_saved_on_the_way(data, tmp_path):

@@ -1,13 +1,15 @@
 """The VLM: where images go, the frozen encoder, generation, and what is refused."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TINY_VIT, save_dinov2
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPVisionModel,
     LlamaConfig,
@@ -15,6 +17,11 @@ from transformers import (
     SiglipModel,
     SiglipVisionConfig,
     SiglipVisionModel,
+    SwinConfig,
+    SwinModel,
+    ViTConfig,
+    ViTImageProcessorPil,
+    ViTModel,
 )
 
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
@@ -355,6 +362,113 @@ def test_siglip_has_no_class_token_to_drop(tmp_path, whole):
     assert vlm(torch.tensor([[50, *[AT] * 36]]), pixel_values=pixels[None]).logits.shape == (1, 37, 128)
 
 
+@pytest.mark.parametrize("registers", [0, 4])
+def test_dinov2_gives_the_patches_of_its_preprocessing(tmp_path, registers):
+    vlm = MiniMindVLM(VLMConfig(**TINY), save_dinov2(tmp_path / "dinov2", registers)).eval()
+    assert vlm.config.image_ids == [AT] * 16 and vlm.config.image_special_token == "@" * 16
+    pixels = vlm.image2tensor(Image.radial_gradient("L"), vlm.processor)
+    assert pixels.shape == (1, 3, 56, 56)
+    features = vlm.get_image_embeddings(pixels, vlm.vision_encoder)
+    expected = vlm.vision_encoder(pixels).last_hidden_state
+    assert expected.shape == (1, 1 + registers + 16, 32)
+    assert torch.equal(features, expected[:, 1 + registers :])
+
+
+def test_a_saved_model_knows_the_patches_that_its_encoders_config_does_not(tmp_path):
+    vlm = MiniMindVLM(VLMConfig(**TINY), save_dinov2(tmp_path / "dinov2", 4)).eval()
+    vlm.save_pretrained(tmp_path / "saved")
+    loaded = MiniMindVLM.from_pretrained(tmp_path / "saved")
+    assert loaded.config.image_ids == [AT] * 16
+    ids = torch.tensor([[50, *[AT] * 16, 51]])
+    pixels = vlm.image2tensor(Image.radial_gradient("L"), vlm.processor)
+    torch.testing.assert_close(
+        loaded(ids, pixel_values=pixels).logits, vlm(ids, pixel_values=pixels).logits, atol=1e-5, rtol=0
+    )
+
+
+def save_vit(folder: Path, size: int = 70, without: str = "", **preprocessing) -> Path:
+    """A random ViT, and its preprocessing; weights whose names begin with `without` are left out."""
+    torch.manual_seed(0)
+    ViTModel(ViTConfig(**TINY_VIT)).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": size, "width": size}, **preprocessing).save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if not (without and name.startswith(without))}
+    assert not without or len(kept) < len(weights)
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_an_encoder_may_lack_a_pooler(tmp_path):
+    whole, _ = MiniMindVLM.get_vision_model(save_vit(tmp_path / "whole"))
+    torch.manual_seed(7)  # whatever the library puts in place of the pooler is the same in every process
+    lacking, processor = MiniMindVLM.get_vision_model(save_vit(tmp_path / "lacking", without="pooler."))
+    assert not any(parameter.any() for parameter in lacking.pooler.parameters())
+    pixels = MiniMindVLM.image2tensor(Image.radial_gradient("L"), processor)
+    features = MiniMindVLM.get_image_embeddings(pixels, lacking)
+    assert features.shape == (1, 25, 32)
+    assert torch.equal(features, MiniMindVLM.get_image_embeddings(pixels, whole))
+    assert not any(parameter.requires_grad for parameter in lacking.parameters())
+
+
+def test_a_siglip_may_lack_its_head(tmp_path):
+    folder = save_encoder(tmp_path / "siglip", SiglipVisionModel(SiglipVisionConfig(**SIGLIP_VISION)), 96)
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if "head." not in name}
+    assert len(kept) < len(weights)
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    encoder, _ = MiniMindVLM.get_vision_model(folder)
+    assert torch.equal(
+        encoder.state_dict()["embeddings.patch_embedding.weight"],
+        weights[next(name for name in weights if name.endswith("embeddings.patch_embedding.weight"))],
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: save_vit(folder, size=84), "Input image size (84*84) doesn't match model (70*70)"),
+        (lambda folder: save_vit(folder, without="layernorm."), "its weights lack layernorm.bias, ..."),
+        (
+            lambda folder: save_vit(folder, without="embeddings.cls"),
+            "its weights lack embeddings.cls_token, ...",
+        ),
+        (
+            lambda folder: save_vit(folder, do_resize=False),
+            "its preprocessing makes pictures of (3, 48, 64) and (3, 64, 48)",
+        ),
+        (
+            lambda folder: save_encoder(folder, swin(), 32),
+            "the encoder gave 16 tokens for an image of 64 patches",
+        ),
+    ],
+    ids=["other_size", "no_layernorm", "no_class_token", "shapes_of_pictures", "merged_patches"],
+)
+def test_an_encoder_that_pictures_do_not_pass_is_refused_when_it_is_loaded(tmp_path, make, message):
+    folder = make(tmp_path / "encoder")
+    expected = f"^{re.escape(f'{folder} is not a usable vision encoder: {message}')}"
+    with pytest.raises(ValueError, match=expected) as error:
+        MiniMindVLM(VLMConfig(**TINY), folder)
+    assert "\n" not in str(error.value)
+
+
+def swin() -> SwinModel:
+    return SwinModel(SwinConfig(image_size=32, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=2))
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [("", "AssertionError"), ("\n", "AssertionError"), ("\none\ntwo", "one")],
+    ids=["nothing", "blank", "two_lines"],
+)
+def test_what_the_library_says_of_an_encoder_is_told_in_one_line(monkeypatch, said, told):
+    def broken(*_, **__):
+        raise AssertionError(said)
+
+    monkeypatch.setattr("model.model_vlm.AutoModel.from_pretrained", broken)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(CLIP))} is not a usable vision encoder: {told}$"):
+        MiniMindVLM.get_vision_model(CLIP)
+
+
 def test_half_precision_vision_only_clip_becomes_fp32(tmp_path):
     encoder, _ = MiniMindVLM.get_vision_model(CLIP)
     assert isinstance(encoder, CLIPVisionModel)
@@ -369,6 +483,12 @@ def test_half_precision_vision_only_clip_becomes_fp32(tmp_path):
 def test_image_of_any_mode_becomes_a_tensor(dense, mode):
     image = Image.new("RGB", (300, 200), "orange").convert(mode)
     assert dense.image2tensor(image, dense.processor).shape == (1, 3, 224, 224)
+
+
+def test_transparency_of_a_tensors_image_is_white(dense):
+    image = Image.new("RGBA", (300, 200), (0, 0, 0, 0))
+    white = dense.image2tensor(Image.new("RGB", (300, 200), "white"), dense.processor)
+    assert torch.equal(dense.image2tensor(image, dense.processor), white)
 
 
 def test_missing_encoder_names_the_download_command(tmp_path, monkeypatch):

@@ -103,7 +103,7 @@ def test_a_picture_of_several_rows_is_read_and_encoded_once(data, processor, mon
     samples = VLMDataset([data / "dialogues.jsonl"], full, 1024, data / "images")
     opened, encoded = [], []
     monkeypatch.setattr(
-        vlm_dataset, "open_image", lambda path, where: opened.append(path) or open_image(path, where)
+        vlm_dataset, "open_image", lambda path, *rest: opened.append(path) or open_image(path, *rest)
     )
     (batch,) = StepDataset(samples, 0, pack_length)[[list(range(8))]]
     # 1.png, 4.png and 7.png alone; 2.png and 5.png each with 0.png
