@@ -21,15 +21,15 @@ from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from common.cli import UserError, WeightFlags, optional_flag, parse_flags, run_main, user_errors
-from common.setup import find_weight, load_export, load_pth
+from common.cli import UserError, optional_flag, parse_flags, run_main, user_errors
 from common.weights import Sidecar, half_state, save_weights
+from inference.trained import WeightFlags, find_weight, load_export, load_pth
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.processing_vlm import MiniMindVLMProcessor
 
 log = logging.getLogger(__name__)
 SIDECAR = "minimind_sidecar.json"  # marks a folder as ours, and gives the `.pth` its sidecar back
-CODE = ("model_minimind.py", "model_vlm.py", "processing_vlm.py")
+CODE = ("model_minimind.py", "model_vlm.py", "pictures.py", "processing_vlm.py")
 TOLERANCE = 1e-3  # largest difference of a logit in fp32
 AUTO_MAP = {
     "AutoConfig": "model_vlm.VLMConfig",

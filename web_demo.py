@@ -19,10 +19,9 @@ from dataclasses import dataclass
 import gradio as gr
 from PIL import Image
 
-from common.cli import ModelFlags, flag, optional_flag, parse_flags, run_main, user_errors
+from common.cli import flag, optional_flag, parse_flags, run_main, user_errors
 from common.distributed import resolve_dtype, runtime
-from common.setup import find_weight
-from inference.ask import default_weight
+from inference.trained import ModelFlags, default_weight, find_weight
 from inference.web.events import Demo
 from inference.web.page import CSS, FONTS, I18N, JS, build_page
 

@@ -73,27 +73,6 @@ class DeviceFlags:
     )
 
 
-@dataclasses.dataclass
-class WeightFlags:
-    """Flags of everything that reads the `.pth` of a trained model."""
-
-    vision_model_path: str | None = optional_flag(
-        "folder of the image encoder of a .pth; if not given: what it was trained with"
-    )
-    tokenizer_path: str | None = optional_flag("folder of its tokenizer; if not given: likewise")
-    num_attention_heads: int | None = optional_flag("query heads of a .pth that does not tell")
-    num_key_value_heads: int | None = optional_flag("key and value heads of a .pth that does not tell")
-
-    def heads(self) -> dict[str, int | None]:
-        names = ("num_attention_heads", "num_key_value_heads")
-        return {name: getattr(self, name) for name in names}
-
-
-@dataclasses.dataclass
-class ModelFlags(WeightFlags, DeviceFlags):
-    """Flags of everything that asks a trained model."""
-
-
 def check_seed(seed: int) -> None:
     """ValueError for a --seed that torch does not take."""
     if not 0 <= seed < 2**64:

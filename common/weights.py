@@ -16,7 +16,7 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.cli import UserError
-from common.tokenizer import load_tokenizer, tokenizer_fingerprint
+from common.tokenizer import tokenizer_fingerprint
 from dataset.files import write_atomically
 from model.model_minimind import MiniMindConfig
 from model.model_vlm import without_encoder
@@ -166,13 +166,3 @@ def warn_of_heads(sidecar: Sidecar, given: dict[str, Any], path: Path) -> None:
     if missing := {"num_attention_heads", "num_key_value_heads"} - sidecar["config"].keys() - given.keys():
         counts = ", ".join(f"--{name} {getattr(MiniMindConfig(), name)}" for name in sorted(missing))
         log.warning("warning: %s does not tell its heads, %s is assumed", path, counts)
-
-
-def describe_published_weights(path: Path, tokenizer_dir: Path, stage: str) -> Path:
-    """Writes the sidecar of a bare published `.pth` next to it and returns the sidecar's path."""
-    config = config_from_shapes(load_weights_file(path)[0], path)
-    fingerprint = tokenizer_fingerprint(load_tokenizer(str(tokenizer_dir)))
-    tokenizer = {"fingerprint": fingerprint, "path": str(tokenizer_dir)}
-    about = {"stage": stage, "step": None, "config": config, "tokenizer": tokenizer, "encoder": None}
-    write_json(path.with_suffix(".json"), about)
-    return path.with_suffix(".json")

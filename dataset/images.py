@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from dataset.errors import DataError
-from model.processing_vlm import FORMATS, open_picture, to_rgb
+from model.pictures import FORMATS, open_picture, to_rgb
 
 SHIPPED_PICTURES = "dataset/eval_images"
 PICTURE_SUFFIXES = tuple(

@@ -1,36 +1,19 @@
-"""Which model is asked; one question, one answer, and how long it took."""
+"""One question, one answer, and how long it took."""
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 from transformers import TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
-from common.cli import UserError, user_errors
+from common.cli import user_errors
 from inference.answers import Question, encode_pictures, encode_question, prepare
 from inference.chat import Sampling
 from model.model_vlm import MiniMindVLM
 from model.processing_vlm import MiniMindVLMProcessor
 
-PUBLISHED_NAME = Path("out/sft_vlm_512.pth")
-DEMO_FOLDER = Path("out/demo")
-DEFAULT_WEIGHT = f"{PUBLISHED_NAME}, else the newest sft_vlm_*.pth in {DEMO_FOLDER}/"
 # A model may say anything: control characters would reach the terminal as commands.
 UNPRINTABLE = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
-
-
-def default_weight() -> str:
-    """The weights to take where none are named. UserError where there are none."""
-    demo = sorted(DEMO_FOLDER.glob("sft_vlm_*.pth"), key=lambda path: path.stat().st_mtime, reverse=True)
-    found = next((path for path in (PUBLISHED_NAME, *demo) if path.is_file()), None)
-    if found is None:
-        raise UserError(
-            f"no weights: neither {PUBLISHED_NAME} nor {DEMO_FOLDER}/sft_vlm_*.pth is there: train the demo "
-            "(bash scripts/quickstart.sh), get the published ones (python scripts/download.py clip vlm), "
-            "or give --weight"
-        )
-    return str(found)
 
 
 @dataclass

@@ -16,7 +16,7 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import logging
 
 from .model_minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindOutput
-from .processing_vlm import first_line, to_rgb
+from .pictures import first_line, to_rgb
 
 # Compared by identity: an equal path that the caller wrote counts as given explicitly.
 _DEFAULT_PATH = "./model/vision_model/clip-vit-base-patch16"

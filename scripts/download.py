@@ -105,11 +105,22 @@ def weights(folder: Path, patterns: str) -> Iterator[list[HubFile]]:
     tokenizer = folder / "minimind2-tokenizer"
     yield files + list_files("jingyaogong/MiniMind2-V", tokenizer, needed, optional)
 
-    from common.weights import describe_published_weights  # needs torch, which nothing above does
-
     for file in files:
-        sidecar = describe_published_weights(file.target, tokenizer, file.target.name.split("_512")[0])
+        sidecar = describe(file.target, tokenizer, stage=file.target.name.split("_512")[0])
         write_stdout(f"{file.target} is described by {sidecar}\n")
+
+
+def describe(path: Path, tokenizer_path: Path, stage: str) -> Path:
+    """Writes the sidecar of a bare published `.pth` beside it."""
+    from common.tokenizer import load_tokenizer, tokenizer_fingerprint  # torch, which nothing above needs
+    from common.weights import config_from_shapes, load_weights_file, write_json
+
+    config = config_from_shapes(load_weights_file(path)[0], path)
+    fingerprint = tokenizer_fingerprint(load_tokenizer(str(tokenizer_path)))
+    tokenizer = {"fingerprint": fingerprint, "path": str(tokenizer_path)}
+    about = {"stage": stage, "step": None, "config": config, "tokenizer": tokenizer, "encoder": None}
+    write_json(path.with_suffix(".json"), about)
+    return path.with_suffix(".json")
 
 
 def dataset(folder: Path) -> Iterator[list[HubFile]]:

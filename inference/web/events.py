@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from common.cli import UserError
-from common.setup import load_vlm
 from inference.chat import Sampling
+from inference.trained import load_vlm
 from inference.web.conversation import Conversation, Refused, draw_attention, enlarged
 from inference.web.texts import text
 from model.model_vlm import MiniMindVLM

@@ -9,18 +9,18 @@ import torch
 from conftest import ROOT, TINY_ENCODER
 
 from common.cli import UserError
-from common.setup import build_lm, build_vlm, find_weight, load_base, load_vlm
+from common.setup import build_lm, build_vlm, load_base
 from common.tokenizer import load_tokenizer, tokenizer_fingerprint
 from common.weights import (
     config_from_shapes,
     describe,
-    describe_published_weights,
     half_state,
     load_weights_file,
     save_weights,
     weight_name,
     write_file,
 )
+from inference.trained import find_weight, load_vlm
 from model.model_vlm import MiniMindVLM, VLMConfig
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -86,14 +86,6 @@ def test_sizes_of_a_bare_file_are_read_off_its_tensors(name):
     found = config_from_shapes(state, path)
     wanted = VLMConfig(**golden)
     assert {k: getattr(wanted, k) for k in found} == found
-
-
-def test_published_weights_get_a_sidecar(tmp_path, tokenizer):
-    path = tmp_path / "lm_64.pth"
-    path.write_bytes((ROOT / "tests/golden/dense.pth").read_bytes())
-    sidecar = json.loads(describe_published_weights(path, ROOT / "model/tokenizer", "lm").read_text())
-    assert sidecar["tokenizer"]["fingerprint"] == tokenizer_fingerprint(tokenizer)
-    assert sidecar["config"]["hidden_size"] == VLMConfig(**sidecar["config"]).hidden_size
 
 
 def test_weights_of_another_size_are_refused(saved, tokenizer):

@@ -10,7 +10,7 @@ from PIL import Image
 
 from dataset.errors import DataError
 from dataset.images import check_image, open_image, pictures_in
-from model.processing_vlm import FORMATS, to_rgb
+from model.pictures import FORMATS, to_rgb
 
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
 RAMP = np.array([[0, 257, 1000], [32768, 65278, 65535]], dtype=np.uint16)

@@ -16,8 +16,10 @@ from safetensors.torch import load_file
 
 import convert_to_hf
 from common.cli import run_main
-from common.setup import build_vlm, load_tokenizer, load_vlm
+from common.setup import build_vlm
+from common.tokenizer import load_tokenizer
 from common.weights import describe, half_state, save_weights
+from inference.trained import load_vlm
 from model.model_vlm import MiniMindVLM
 from model.processing_vlm import MiniMindVLMProcessor
 
@@ -262,6 +264,7 @@ def test_export_is_complete_and_says_what_it_is(weights, export):
         "model.safetensors",
         "model_minimind.py",
         "model_vlm.py",
+        "pictures.py",
         "processing_vlm.py",
         "processor_config.json",
         "tokenizer.json",

@@ -210,6 +210,9 @@ def test_weights_come_with_tokenizer_and_sidecar(
         sidecar = json.loads((out / file).with_suffix(".json").read_text())
         assert sidecar["stage"] == file.removesuffix("_512.pth")
         assert (sidecar["config"]["hidden_size"], sidecar["config"]["num_hidden_layers"]) == (64, 2)
+        assert (
+            sidecar["tokenizer"]["path"] == "out/minimind2-tokenizer" and sidecar["tokenizer"]["fingerprint"]
+        )
 
 
 def test_weights_that_are_none_are_a_one_line_error(hub, download, published_tokenizer):

@@ -15,9 +15,9 @@ from conftest import COLOURS, row, write_rows
 from PIL import Image
 from test_eval_vlm import call
 
-from common.setup import load_vlm
 from common.weights import save_weights
 from dataset.vlm_dataset import VLMDataset
+from inference.trained import load_vlm
 
 
 @pytest.fixture(scope="module")

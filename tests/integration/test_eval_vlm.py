@@ -277,7 +277,7 @@ def test_flags_that_make_no_sense_are_wrong_usage(arguments, message, monkeypatc
         (["--data_path", "{world}/no.jsonl"], "{world}/no.jsonl does not exist, expected a JSONL"),
         (["--data_path", "{too_long}"], "{too_long} cannot be read (File name too long), expected a JSONL"),
         (["--data_path", "{world}/name.jsonl"], "name.jsonl:1: image '{too_long}' not found"),
-        (["--data_path", "{world}/eval.jsonl"], "eval.jsonl:1: image 'blue.png' not found"),
+        (["--data_path", "{world}/eval.jsonl"], "eval.jsonl:5: image 'red.png' not found"),
         (["--data_path", "{world}/broken.jsonl"], "broken.jsonl:2: not JSON"),
         (["--data_path", "{world}/texts.jsonl"], "{world}/texts.jsonl: no question"),
         (

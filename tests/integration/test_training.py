@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -331,7 +332,10 @@ def test_a_row_that_breaks_later_does_not_cost_what_was_learnt(data, tmp_path, r
 def test_nothing_to_learn_from_is_an_error(data, tmp_path, run):
     out = tmp_path / "out"
     line = error_line(run(*pretrain(data, out, "--max_seq_len", 100, "--epochs", 2), expect=1))
-    assert "no row has a supervised token within --max_seq_len 100" in line
+    assert re.search(
+        r"no row is usable, the first because captions.jsonl:\d: no supervised token within 100", line
+    )
+    assert line.endswith(f"all are in {out}/runs/pretrain_vlm_64/bad_samples.jsonl")
     assert not (out / "pretrain_vlm_64.pth").exists()
 
 

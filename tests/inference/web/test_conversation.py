@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from common.setup import load_vlm
 from inference.chat import Sampling, stream_answer
+from inference.trained import load_vlm
 from inference.web.conversation import MAX_IMAGES, MAX_TOKENS, Conversation, Refused, draw_attention
 from inference.web.texts import TEXTS, text
 

@@ -1,0 +1,120 @@
+"""Which trained model is used, its flags, and how it is loaded: for evaluation, export and the web demo."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoImageProcessor
+
+from common.cli import DeviceFlags, UserError, optional_flag, user_errors
+from common.setup import DEFAULT_ENCODER, DEFAULT_TOKENIZER, build_vlm
+from common.tokenizer import check_tokenizer, load_tokenizer
+from common.weights import Sidecar, check_sizes, load_weights_file, warn_of_heads
+from model.model_vlm import MiniMindVLM, load_weights
+from model.processing_vlm import MiniMindVLMProcessor
+
+PUBLISHED_NAME = Path("out/sft_vlm_512.pth")
+DEMO_FOLDER = Path("out/demo")
+DEFAULT_WEIGHT = f"{PUBLISHED_NAME}, else the newest sft_vlm_*.pth in {DEMO_FOLDER}/"
+
+
+@dataclass
+class WeightFlags:
+    """Flags of everything that reads the `.pth` of a trained model."""
+
+    vision_model_path: str | None = optional_flag(
+        "folder of the image encoder of a .pth; if not given: what it was trained with"
+    )
+    tokenizer_path: str | None = optional_flag("folder of its tokenizer; if not given: likewise")
+    num_attention_heads: int | None = optional_flag("query heads of a .pth that does not tell")
+    num_key_value_heads: int | None = optional_flag("key and value heads of a .pth that does not tell")
+
+    def heads(self) -> dict[str, int | None]:
+        names = ("num_attention_heads", "num_key_value_heads")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass
+class ModelFlags(WeightFlags, DeviceFlags):
+    """Flags of everything that asks a trained model."""
+
+
+def default_weight() -> str:
+    """The weights to take where none are named. UserError where there are none."""
+    demo = sorted(DEMO_FOLDER.glob("sft_vlm_*.pth"), key=lambda path: path.stat().st_mtime, reverse=True)
+    found = next((path for path in (PUBLISHED_NAME, *demo) if path.is_file()), None)
+    if found is None:
+        raise UserError(
+            f"no weights: neither {PUBLISHED_NAME} nor {DEMO_FOLDER}/sft_vlm_*.pth is there: train the demo "
+            "(bash scripts/quickstart.sh), get the published ones (python scripts/download.py clip vlm), "
+            "or give --weight"
+        )
+    return str(found)
+
+
+def load_vlm(
+    weight: str,
+    vision_model_path: str | None = None,
+    tokenizer_path: str | None = None,
+    heads: dict[str, int | None] | None = None,
+) -> tuple[MiniMindVLM, MiniMindVLMProcessor]:
+    """A trained model in fp32 and eval mode on the CPU, and its processor: for evaluation, export and the web
+    demo.
+
+    `weight` is a `.pth`, the name of one in `out/`, or an exported folder, which holds encoder and tokenizer.
+    For a `.pth` these come from its sidecar unless given. UserError if something is missing or does not fit.
+    """
+    path = find_weight(weight)
+    if not path.is_dir():
+        return load_pth(path, vision_model_path, tokenizer_path, heads)[:2]
+    if vision_model_path or tokenizer_path or any((heads or {}).values()):
+        raise UserError(f"{path} brings its own encoder, tokenizer and heads: their flags are for a .pth")
+    return load_export(path)
+
+
+def load_pth(
+    path: Path,
+    vision_model_path: str | None = None,
+    tokenizer_path: str | None = None,
+    heads: dict[str, int | None] | None = None,
+) -> tuple[MiniMindVLM, MiniMindVLMProcessor, Sidecar]:
+    """As `load_vlm`, for a `.pth` alone, and its sidecar."""
+    state, sidecar = load_weights_file(path)
+    if not any(key.startswith("vision_proj.") for key in state):
+        raise UserError(f"{path} has no projection: a language model's weights, expected a VLM's")
+    given = {name: count for name, count in (heads or {}).items() if count}
+    check_sizes(sidecar, given, path)
+    warn_of_heads(sidecar, given, path)
+    sidecar = sidecar | {"config": sidecar["config"] | given}
+    trained = {part: sidecar.get(part) or {} for part in ("tokenizer", "encoder")}
+    tokenizer = load_tokenizer(tokenizer_path or trained["tokenizer"].get("path") or DEFAULT_TOKENIZER)
+    check_tokenizer(sidecar, tokenizer, path, asked=tokenizer_path is not None)
+    model, processor = build_vlm(
+        sidecar["config"], vision_model_path or trained["encoder"].get("path") or DEFAULT_ENCODER, tokenizer
+    )
+    with user_errors(str(path)):
+        load_weights(model, state)
+    return model.eval(), processor, sidecar
+
+
+def find_weight(weight: str) -> Path:
+    """A path as it is; the name of a `.pth` in `out/` as the path of that."""
+    path = Path(weight)
+    named = Path("out") / f"{path.name.removesuffix('.pth')}.pth"
+    is_name = path.parent == Path() and not path.exists()
+    return named if is_name and named.is_file() else path
+
+
+def load_export(folder: Path) -> tuple[MiniMindVLM, MiniMindVLMProcessor]:
+    """An exported folder's model (fp32, eval mode) and processor, by our code: none of the folder's runs."""
+    with user_errors(str(folder)):
+        try:
+            model, report = MiniMindVLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        except (RuntimeError, SafetensorError) as error:  # other sizes than the config's, a damaged file
+            raise ValueError(str(error)) from error
+        if missing := report["missing_keys"]:  # the library would go on with random weights
+            raise ValueError(f"{len(missing)} weights are missing, {min(missing)} among them")
+        image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    parts = image_processor, load_tokenizer(str(folder))
+    return model.eval(), MiniMindVLMProcessor(*parts, tokens_per_image=len(model.config.image_ids))
