@@ -107,7 +107,6 @@ def write_export(folder: Path, model: MiniMindVLM, processor: MiniMindVLMProcess
         del state["lm_head.weight"]
     state |= exact_half({k: v for k, v in model.state_dict().items() if k.startswith("vision_encoder.")})
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "model.safetensors").chmod(0o644)
 
     config = copy.deepcopy(model.config)
     config.architectures, config.auto_map = [type(model).__name__], AUTO_MAP
@@ -124,6 +123,7 @@ def write_export(folder: Path, model: MiniMindVLM, processor: MiniMindVLMProcess
     processor.save_pretrained(folder)
     for name in CODE:
         shutil.copyfile(Path(__file__).parent / "model" / name, folder / name)
+    (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)  # 0600, whatever the umask
     (folder / SIDECAR).write_text(json.dumps(sidecar, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -12,11 +12,11 @@ from pathlib import Path
 from common.cli import UserError, check_seed, flag, parse_flags, run_main, user_errors
 from common.distributed import Runtime, autocast, resolve_dtype, runtime
 from common.weights import write_json
-from dataset.images import PICTURE_SUFFIXES, SHIPPED_PICTURES, pictures_in
 from dataset.rows import load_rows
 from inference.answers import Question, check_pictures, pictures_of, questions_of
 from inference.ask import UNPRINTABLE, Answer, Speaker, TerminalStreamer, ask
 from inference.chat import Sampling
+from inference.pictures import PICTURE_SUFFIXES, SHIPPED_PICTURES, pictures_in
 from inference.trained import DEFAULT_WEIGHT, ModelFlags, default_weight, load_vlm
 
 log = logging.getLogger(__name__)

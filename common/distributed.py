@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from common.cli import ToldElsewhere, UserError
+from model.pictures import first_line
 
 STOP_SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 SAVE_SIGNAL = signal.SIGUSR1  # what schedulers send some time before they end a job
@@ -44,11 +45,7 @@ class Runtime:
 
     def sum(self, *values: float) -> list[float]:
         """Sums of each value over all ranks."""
-        if self.world_size == 1:
-            return list(values)
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total, group=self.group)
-        return total.tolist()
+        return self.gather(torch.tensor(values, dtype=torch.float64)).sum(0).tolist()
 
     def gather(self, values: torch.Tensor) -> torch.Tensor:
         """(n,) of each rank -> (R, n), on the CPU."""
@@ -165,7 +162,7 @@ def _device(name: str | None) -> torch.device:
         if device.type == "cuda":
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
+        raise UserError(f"--device {name}: not available here ({first_line(error)})") from None
     return device
 
 

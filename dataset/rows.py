@@ -36,9 +36,13 @@ PICTURE_KEYS = (  # other names of what 'image' holds, and what cannot be traine
     "image_bytes image_base64 image_data img imgs img_path img_paths img_url picture pictures pic pics photo "
     "photos pixel_values media video videos video_path video_url audio audios audio_path audio_url"
 ).split()
-NOT_JSON = {b"\x1f\x8b": "gzip", b"PK\3\4": "zip", b"PAR1": "Parquet"} | dict.fromkeys(
-    (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, b"{\0", b"[\0", b"\0{", b"\0["), "UTF-16"
-)
+NOT_JSON = {
+    b"\x1f\x8b": "gzip",
+    b"PK\3\4": "zip",
+    b"PAR1": "Parquet",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
 HEAD_BYTES = 4096
 STAT_THREADS, STAT_NAMES = 16, 1000  # a thread looks up that many names at a time
 
@@ -87,7 +91,7 @@ def _why_not_json(path: Path) -> str:
     except OSError as error:
         return f"cannot be read ({error.strerror})"
     known = [f"is {name}" for start, name in NOT_JSON.items() if head.startswith(start)]
-    return [*known, "is binary" if b"\0" in head else ""][0]
+    return [*known, "is binary, or in UTF-16" if b"\0" in head else ""][0]
 
 
 def resolve_image(image: str, images_root: str) -> str:

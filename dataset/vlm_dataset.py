@@ -3,6 +3,7 @@
 P placeholder tokens per image, T tokens, N images of the row.
 """
 
+import itertools
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -107,8 +108,8 @@ class VLMDataset(Dataset):
         images = row["images"]
         try:
             ids, labels = self._encode(row)
-            run = [self.processor.placeholder_id] * self.processor.tokens_per_image
-            input_ids, labels, kept = cut(ids, labels, self.max_length, len(images), run)
+            image = self.processor.placeholder_id, self.processor.tokens_per_image
+            input_ids, labels, kept = cut(ids, labels, self.max_length, *image)
         except Exception as error:  # a chat template, too, refuses what it does not like
             raise DataError(f"{row['where']}: {error}") from None
         paths = [resolve_image(image, self.images_root) for image in images[:kept]]
@@ -161,25 +162,16 @@ def _default_system_tokens(processor: MiniMindVLMProcessor) -> int:
 
 
 def cut(
-    input_ids: list[int], labels: list[int], max_length: int, images: int, placeholder: list[int]
+    input_ids: list[int], labels: list[int], max_length: int, placeholder: int, tokens_per_image: int
 ) -> tuple[list[int], list[int], int]:
     """Shortens a row to at most `max_length` tokens, never inside an image: an image that does not fit whole
     is dropped with everything after it. Returns ids, labels and the number of images that are left."""
-    if len(input_ids) <= max_length:
-        return input_ids, labels, images
-    end, position, kept = max_length, 0, 0
-    for _ in range(images):
-        position = _find(input_ids, placeholder, position)
-        if position + len(placeholder) > max_length:
-            end = min(position, max_length)
-            break
-        position += len(placeholder)
-        kept += 1
+    starts, position = [], 0
+    for token, run in itertools.groupby(input_ids):
+        images, rest = divmod(len(list(run)), tokens_per_image)  # a shorter run of placeholders is text
+        if token == placeholder:
+            starts += [position + i * tokens_per_image for i in range(images)]
+        position += images * tokens_per_image + rest
+    kept = sum(start + tokens_per_image <= max_length for start in starts)
+    end = min([max_length, *starts[kept:]])
     return input_ids[:end], labels[:end], kept
-
-
-def _find(input_ids: list[int], run: list[int], start: int) -> int:
-    """First position from `start` at which all of `run` stands."""
-    while input_ids[start : start + len(run)] != run:
-        start = input_ids.index(run[0], start + 1)
-    return start

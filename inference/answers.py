@@ -13,8 +13,9 @@ from PIL import Image
 from transformers import BatchFeature
 
 from dataset.errors import DataError
-from dataset.images import check_image, open_image
+from dataset.images import open_image
 from dataset.rows import resolve_image
+from inference.pictures import check_image
 from model.model_vlm import MiniMindVLM
 from model.processing_vlm import IMAGE_MARKER, MiniMindVLMProcessor, image_slots
 

@@ -8,6 +8,7 @@ Shapes: B rows, N most images of a row, P placeholder tokens per image, T tokens
 import itertools
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -230,10 +231,10 @@ class MiniMindVLMProcessor(ProcessorMixin):
         options["chat_template"] = options.get("chat_template") or self.chat_template
         rendered = tokenizer.apply_chat_template(marked, tokenize=False, **options)
         input_ids, labels = [], []
+        encode = (partial(tokenizer.encode, add_special_tokens=False), tokenizer._encode_without_added_tokens)
         for span, learnt in self._spans(rendered.split(answer), texts):
             for i, text in enumerate(span.split(literal)):
-                encode = tokenizer._encode_without_added_tokens if i % 2 else tokenizer.encode
-                ids = encode(text) if i % 2 else encode(text, add_special_tokens=False)
+                ids = encode[i % 2](text) if text else []
                 input_ids += ids
                 labels += ids if learnt else [IGNORE_INDEX] * len(ids)
         return input_ids, labels

@@ -24,9 +24,10 @@ from plot_metrics import draw_panel, import_figure, panels_of, read
 from common.cli import UserError, run_main, user_errors
 from common.setup import DEFAULT_ENCODER, build_vlm, load_base
 from common.weights import Sidecar, write_file
-from dataset.images import SHIPPED_PICTURES, open_image, pictures_in
+from dataset.images import open_image
 from inference.chat import Sampling, encode_picture, stream_answer
 from inference.picture_report import data_uri
+from inference.pictures import SHIPPED_PICTURES, pictures_in
 from inference.trained import load_vlm
 from model.model_vlm import MiniMindVLM
 from model.processing_vlm import MiniMindVLMProcessor

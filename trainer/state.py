@@ -238,19 +238,18 @@ def find_checkpoint(resume: str, folder: Path, run: Runtime) -> Checkpoint | Non
         (is_old,) = run.sum(run.is_main and old.exists())
         if is_old or not restarts:
             return None
-    if resume not in ("auto", "never") and not (restarts and newest_first(folder)):
-        checkpoint = read_checkpoint(Path(resume))
-        if checkpoint is None or not checkpoint.intact():
-            raise UserError(
-                f"--resume {resume}: not the folder of an intact checkpoint, such as {folder}/step-1000"
-            )
-        return checkpoint
-    step = -1.0
+    checkpoint = None
     with run.together():
-        if run.is_main and (newest := newest_intact(folder)):
-            step = newest.about["step"]
-    (step,) = run.sum(step if run.is_main else 0)
-    return read_checkpoint(folder / f"step-{step:.0f}") if step >= 0 else None
+        if run.is_main:  # it chooses for all
+            if resume in ("auto", "never") or (restarts and newest_first(folder)):
+                checkpoint = newest_intact(folder)
+            elif not ((checkpoint := read_checkpoint(Path(resume))) and checkpoint.intact()):
+                raise UserError(
+                    f"--resume {resume}: not the folder of an intact checkpoint, such as {folder}/step-1000"
+                )
+    chosen = (1, checkpoint.about["step"], checkpoint.folder == Path(resume)) if checkpoint else (0, 0, 0)
+    found, step, named = run.sum(*chosen)
+    return read_checkpoint(Path(resume) if named else folder / f"step-{step:.0f}") if found else None
 
 
 def read_checkpoint(folder: Path) -> Checkpoint | None:

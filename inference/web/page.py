@@ -5,8 +5,8 @@ from typing import Any
 
 import gradio as gr
 
-from dataset.images import SHIPPED_PICTURES
 from inference.chat import Sampling
+from inference.pictures import SHIPPED_PICTURES
 from inference.web.conversation import Conversation
 from inference.web.events import Demo
 from inference.web.texts import TEXTS

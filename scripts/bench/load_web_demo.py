@@ -20,7 +20,7 @@ from gradio_client.utils import QueueError, TooManyRequestsError
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common.cli import UserError, flag, parse_flags, run_main, user_errors
-from dataset.images import PICTURE_SUFFIXES, SHIPPED_PICTURES, pictures_in
+from inference.pictures import PICTURE_SUFFIXES, SHIPPED_PICTURES, pictures_in
 
 
 @dataclass

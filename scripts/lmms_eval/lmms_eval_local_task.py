@@ -20,7 +20,7 @@ from datasets import Dataset, Image
 from common.setup import build_vlm
 from common.tokenizer import load_tokenizer
 from common.weights import describe, half_state, save_weights
-from dataset.images import SHIPPED_PICTURES
+from inference.pictures import SHIPPED_PICTURES
 from model.model_vlm import MiniMindVLM
 from model.processing_vlm import image_slots
 

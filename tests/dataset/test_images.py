@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from dataset.errors import DataError
-from dataset.images import check_image, open_image, pictures_in
+from dataset.images import open_image
+from inference.pictures import check_image, pictures_in
 from model.pictures import FORMATS, to_rgb
 
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"

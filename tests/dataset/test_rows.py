@@ -171,6 +171,7 @@ def test_a_text_that_says_nothing_is_refused(tmp_path, text):
 
 LINES = b'{"text": "one"}\n\n{"text": "two"}\n'
 LIST = b'[{"text": "one"},\n {"text": "two"}]\n'
+BINARY = "is binary, or in UTF-16"
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.JSON", "rows.txt"])
@@ -205,9 +206,9 @@ def zipped(content: bytes, path) -> bytes:
         pytest.param(lambda path: zipped(LINES, path), "is zip", id="zip"),
         pytest.param(lambda path: b"PAR1\x15\x04", "is Parquet", id="Parquet"),
         pytest.param(lambda path: LINES.decode().encode("utf-16"), "is UTF-16", id="UTF-16"),
-        pytest.param(lambda path: LINES.decode().encode("utf-16-le"), "is UTF-16", id="UTF-16 without BOM"),
-        pytest.param(lambda path: LIST.decode().encode("utf-16-be"), "is UTF-16", id="a list in UTF-16"),
-        pytest.param(lambda path: b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "is binary", id="a picture"),
+        pytest.param(lambda path: LINES.decode().encode("utf-16-le"), BINARY, id="UTF-16 without BOM"),
+        pytest.param(lambda path: LIST.decode().encode("utf-16-be"), BINARY, id="a list in UTF-16"),
+        pytest.param(lambda path: b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", BINARY, id="a picture"),
     ],
 )
 def test_a_file_that_is_no_json_is_named(tmp_path, make, found):

@@ -15,6 +15,7 @@ from dataset.vlm_dataset import VLMDataset, cut
 from model.processing_vlm import IGNORE_INDEX, MiniMindVLMProcessor
 
 RUN = [34] * 4
+IMAGE = RUN[0], len(RUN)
 
 
 @pytest.mark.parametrize(
@@ -34,19 +35,19 @@ RUN = [34] * 4
 )
 def test_rows_are_cut_in_text_only(max_length, left, images):
     row = [7, *RUN, 8, 9, 10, *RUN, 11, 12]
-    ids, labels, kept = cut(row, list(row), max_length, 2, RUN)
+    ids, labels, kept = cut(row, list(row), max_length, *IMAGE)
     assert (ids, labels, kept) == (row[:left], row[:left], images)
 
 
 def test_cut_knows_a_lone_placeholder_from_an_image():
     row = [34, 7, 34, 34, 7, *RUN, 8, 9, 9]
-    assert cut(row, row, 11, 1, RUN) == (row[:11], row[:11], 1)
-    assert cut(row, row, 8, 1, RUN) == (row[:5], row[:5], 0)
+    assert cut(row, row, 11, *IMAGE) == (row[:11], row[:11], 1)
+    assert cut(row, row, 8, *IMAGE) == (row[:5], row[:5], 0)
 
 
 def test_adjacent_images_are_cut_between():
     row = [7, *RUN, *RUN, 8]
-    assert cut(row, row, 7, 2, RUN) == (row[:5], row[:5], 1)
+    assert cut(row, row, 7, *IMAGE) == (row[:5], row[:5], 1)
 
 
 def test_sample_of_a_picture_row(data, processor):
