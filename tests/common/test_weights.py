@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,19 @@ def test_a_missing_key_is_named(saved, tokenizer):
         torch.save(state, file)
     with pytest.raises(UserError, match=r"model\.norm\.weight"):
         load_base(model, path, tokenizer)
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o077, 0o600), (0o022, 0o644), (0o002, 0o664)])
+def test_files_have_the_mode_that_the_umask_leaves(mask, mode, tmp_path):
+    before = os.umask(mask)
+    try:
+        save_weights(tmp_path / "lm_64.pth", {}, {"config": {}})
+    finally:
+        os.umask(before)
+    assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {
+        "lm_64.pth": mode,
+        "lm_64.json": mode,
+    }
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

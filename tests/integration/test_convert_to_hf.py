@@ -141,6 +141,16 @@ def export(weights, tmp_path_factory) -> tuple[Path, str]:
     return folder, result.stdout + result.stderr
 
 
+@pytest.mark.parametrize(("mask", "mode"), [(0o077, 0o600), (0o002, 0o664)])
+def test_an_exports_files_have_the_mode_that_the_umask_leaves(mask, mode, weights, convert, tmp_path):
+    before = os.umask(mask)
+    try:
+        assert convert("--weight", weights, "--out", tmp_path / "hf")[0] == 0
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "hf").iterdir()} == {mode}
+
+
 def run_script(*arguments, **options) -> subprocess.CompletedProcess:
     command = [sys.executable, ROOT / "convert_to_hf.py", *arguments]
     return subprocess.run(

@@ -164,6 +164,10 @@ def test_rows_without_an_answer_left_are_counted(data, tmp_path, run):
 
 
 def test_where_no_row_is_usable_the_first_ones_reason_is_told(data, tmp_path, run):
+    rows = [json.loads(line) for line in (data / "captions.jsonl").read_text().splitlines()]
+    rows[0]["image"] = "line\u2028separator.png"  # in a name, no end of a line of the list
+    (data / "images" / rows[0]["image"]).touch()
+    write_rows(data / "captions.jsonl", rows)
     for picture in (data / "images").iterdir():
         picture.write_bytes(b"broken")
     line = error_line(run(*pretrain(data, tmp_path / "out"), expect=1))
