@@ -19,6 +19,7 @@ from dataset.feature_cache import FeatureCache
 from dataset.files import sha256_of
 from dataset.images import open_image
 from dataset.rows import load_rows, resolve_image
+from model.pictures import first_line
 from model.processing_vlm import IGNORE_INDEX, IMAGE_MARKER, MiniMindVLMProcessor, control_tokens
 
 log = logging.getLogger(__name__)
@@ -91,28 +92,30 @@ class VLMDataset(Dataset):
         return np.minimum(text + images * self.processor.tokens_per_image, self.max_length)
 
     def __getitem__(self, index: int) -> Sample:
-        return self._sample(self.rows[index], {})
+        """DataError if the row is not usable."""
+        (sample,) = self.samples_or_errors([index])
+        if isinstance(sample, DataError):
+            raise sample
+        return sample
 
     def samples_or_errors(self, indices: list[int]) -> list[Sample | DataError]:
         """Of a micro-batch; a picture that several rows show is read once."""
         pictures: dict[str, torch.Tensor] = {}
         found: list[Sample | DataError] = []
         for index in indices:
+            row = self.rows[index]
             try:
-                found.append(self._sample(self.rows[index], pictures))
+                found.append(self._sample(row, pictures))
             except DataError as error:
                 found.append(error)
+            except Exception as error:  # a chat template, too, refuses what it does not like
+                found.append(DataError(f"{row['where']}: {first_line(error)}"))
         return found
 
     def _sample(self, row: dict, pictures: dict[str, torch.Tensor]) -> Sample:
-        images = row["images"]
-        try:
-            ids, labels = self._encode(row)
-            image = self.processor.placeholder_id, self.processor.tokens_per_image
-            input_ids, labels, kept = cut(ids, labels, self.max_length, *image)
-        except Exception as error:  # a chat template, too, refuses what it does not like
-            raise DataError(f"{row['where']}: {error}") from None
-        paths = [resolve_image(image, self.images_root) for image in images[:kept]]
+        image = self.processor.placeholder_id, self.processor.tokens_per_image
+        input_ids, labels, kept = cut(*self._encode(row), self.max_length, *image)
+        paths = [resolve_image(image, self.images_root) for image in row["images"][:kept]]
         sample = Sample(input_ids, labels, images=paths, where=row["where"])
         if not paths:
             return sample

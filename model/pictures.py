@@ -8,6 +8,7 @@ import base64
 import contextlib
 import io
 import os
+import struct
 import urllib.request
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -54,7 +55,9 @@ def to_rgb(image: Any, image_size: int | None = None) -> Image.Image:
         name = str(image) if len(str(image)) <= 200 else f"{str(image)[:40]}..."  # base64
         with open_picture(partial(_load, str(image)), f"cannot read image {name}", image_size) as opened:
             return to_rgb(opened, image_size)
-    image = ImageOps.exif_transpose(image if isinstance(image, Image.Image) else from_array(image))
+    image = image if isinstance(image, Image.Image) else from_array(image)
+    with contextlib.suppress(SyntaxError, struct.error, ValueError):  # a broken EXIF turns nothing
+        image = ImageOps.exif_transpose(image)
     if image.mode == "F" or image.mode.startswith("I"):
         image = _eight_bit(image)
     if image.has_transparency_data:
