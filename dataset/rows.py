@@ -5,6 +5,7 @@ Here a row is read, brought into one form and checked; tokens and pictures are v
 
 import codecs
 import json
+import os
 import reprlib
 from collections.abc import Iterator
 from multiprocessing.pool import ThreadPool
@@ -56,7 +57,7 @@ def load_rows(paths: list[Path], images_path: Path | None = None) -> Dataset:
     """
     key = sha256_of(Path(__file__))
     for path in paths:
-        if found := _why_no_file(path) or _why_not_json(path):
+        if found := _why_no_rows(path):
             raise DataError(f"{path} {found}, expected a JSONL or JSON file in UTF-8")
         stat = path.stat()
         key += f" {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
@@ -75,17 +76,11 @@ def load_rows(paths: list[Path], images_path: Path | None = None) -> Dataset:
     return rows
 
 
-def _why_no_file(path: Path) -> str:
-    """Empty where there is such a file."""
+def _why_no_rows(path: Path) -> str:
+    """Empty where `path` is a file that may be JSON, by its first bytes."""
     try:
-        return "" if path.is_file() else "is a folder" if path.is_dir() else "does not exist"
-    except OSError as error:  # before Python 3.14: a name that is too long, a folder without permission
-        return f"cannot be read ({error.strerror})"
-
-
-def _why_not_json(path: Path) -> str:
-    """Empty where a file may be JSON, by its first bytes."""
-    try:
+        if not path.is_file():
+            return "is a folder" if path.is_dir() else "does not exist"
         with path.open("rb") as file:
             head = file.read(HEAD_BYTES)
     except OSError as error:
@@ -99,7 +94,7 @@ def resolve_image(image: str, images_root: str) -> str:
 
 
 def _missing(image: str, images_root: str) -> bool:
-    return _why_no_file(Path(resolve_image(image, images_root))) != ""
+    return not os.path.isfile(resolve_image(image, images_root))  # noqa: PTH113 (pathlib's may raise)
 
 
 def _check_pictures(rows: Dataset, images_root: str) -> None:
@@ -183,12 +178,11 @@ def _without_nulls(entry: dict) -> dict:
 
 
 def _images(row: dict, where: str, images_root: str | None) -> list[str]:
-    given = [row[key] for key in ("image", "images") if row.get(key, "") not in ("", [])]
-    if not given:
+    images = row.get("image") or row.get("images")
+    if not images:
         _refuse_pictures(row, where)
         return []
-    images = given[0]
-    if len(given) > 1 and given[1] != images:
+    if (row.get("images") or images) != images:
         raise DataError(f"{where}: has both 'image' and 'images', and they differ")
     if isinstance(images, str):
         whole, images = images.strip(), [name.strip() for name in images.split(",") if name.strip()]

@@ -205,19 +205,10 @@ class MiniMindModel(nn.Module):
         if isinstance(past, int) and past + length > self.config.max_position_embeddings:
             limit = self.config.max_position_embeddings
             raise ValueError(f"the input has {past + length} tokens, but max_position_embeddings is {limit}")
-        padding_mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
-        token_mask = padding_mask[:, -length:].bool() if padding_mask is not None else None  # (B, T)
-        sequences = token_mask[:, None] if token_mask is not None else None  # (B, 1, T)
-        packed = self._packed_rows(hidden, attention_mask, token_mask, position_ids, past_key_values)
-        if packed is None:
-            mask = self._attention_mask(hidden, attention_mask, position_ids, past_key_values)
-        else:
-            mask = (packed[:, None, :] == packed[:, :, None]).tril()[:, None]  # (B, 1, T, T)
-            numbers = torch.arange(int(packed.max()) + 1, device=hidden.device)
-            sequences = packed[:, None] == numbers[:, None]  # (B, R, T)
+        mask, sequences = self._masks(hidden, attention_mask, position_ids, past_key_values)
         if position_ids is None:
-            if padding_mask is not None:
-                position_ids = (padding_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]  # (B, T)
+            if attention_mask is not None and attention_mask.dim() == 2:
+                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]  # (B, T)
             else:
                 position_ids = torch.arange(length, device=hidden.device)[None] + past  # (1, T)
         rope = tuple(table[position_ids].unsqueeze(1) for table in (self.freqs_cos, self.freqs_sin))
@@ -232,39 +223,31 @@ class MiniMindModel(nn.Module):
                 aux_loss = aux_loss + layer_aux_loss
         return self.norm(hidden), aux_loss
 
-    def _packed_rows(
-        self,
-        hidden: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        token_mask: torch.Tensor | None,
-        position_ids: torch.LongTensor | None,
-        past_key_values: Cache | None,
-    ) -> torch.LongTensor | None:
-        """Which packed row each token belongs to (B, T), -1 at padding; None where nothing is packed."""
-        if position_ids is None or past_key_values is not None:
-            return None
-        if attention_mask is not None and token_mask is None:  # a ready-made mask says it all
-            return None
-        starts = position_ids.expand(hidden.shape[:2]) == 0  # (B, T)
-        if not bool(starts[:, 1:].any()):
-            return None
-        rows = starts.cumsum(-1)
-        return rows if token_mask is None else rows.masked_fill(~token_mask, -1)
-
-    def _attention_mask(
+    def _masks(
         self,
         hidden: torch.Tensor,
         attention_mask: torch.Tensor | None,
         position_ids: torch.LongTensor | None,
         past_key_values: Cache | None,
-    ) -> torch.Tensor | None:
-        """`(B, 1, T, S)`, or None where the plain causal mask gives the same answer for every real token."""
-        if attention_mask is not None and attention_mask.dim() == 2 and past_key_values is None:
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """What each token sees (B, 1, T, S), None where the plain causal mask gives the same answer for every
+        real token; and which tokens each sequence of a row has (B, R, T), None where a row is one."""
+        tokens, ready_made = None, attention_mask is not None and attention_mask.dim() != 2
+        if attention_mask is not None and not ready_made:
+            tokens = attention_mask[:, -hidden.shape[1] :].bool()  # (B, T)
+        if position_ids is not None and past_key_values is None and not ready_made:
+            starts = position_ids.expand(hidden.shape[:2]) == 0  # (B, T)
+            if bool(starts[:, 1:].any()):  # packed
+                rows = starts.cumsum(-1) if tokens is None else starts.cumsum(-1).masked_fill(~tokens, -1)
+                numbers = torch.arange(int(rows.max()) + 1, device=hidden.device)
+                mask = (rows[:, None, :] == rows[:, :, None]).tril()[:, None]  # (B, 1, T, T)
+                return mask, rows[:, None] == numbers[:, None]
+        sequences = tokens[:, None] if tokens is not None else None  # (B, 1, T)
+        if tokens is not None and past_key_values is None and bool((tokens[:, 1:] <= tokens[:, :-1]).all()):
             # With all padding on the right, a causal mask already hides it from every real token.
-            keep = attention_mask.bool()
-            if bool((keep[:, 1:] <= keep[:, :-1]).all()):
-                return None
-        return create_causal_mask(self.config, hidden, attention_mask, past_key_values, position_ids)
+            return None, sequences
+        mask = create_causal_mask(self.config, hidden, attention_mask, past_key_values, position_ids)
+        return mask, sequences
 
 
 class MiniMindBlock(GradientCheckpointingLayer):
