@@ -133,14 +133,17 @@ def two_hosts(commands: list[list]) -> list[tuple[int, str]]:
     return [rank.end() for rank in ranks]
 
 
-@pytest.mark.parametrize("what", ["checkpoint", "base", "rows"])
+@pytest.mark.parametrize("what", ["checkpoint", "named checkpoint", "base", "rows"])
 def test_ranks_that_see_other_files_end_in_one_line(data, tmp_path, run, what):
     here, there = tmp_path / "here", tmp_path / "there"
     command = pretrain(data, here, "--batch_size", 2, "--epochs", 1)
     own: list = []
-    if what == "checkpoint":
+    if "checkpoint" in what:
         run(*command)
         before = (here / f"{NAME}.pth").read_bytes()
+        (saved,) = (here / f"runs/{NAME}/checkpoints").iterdir()
+        if "named" in what:
+            command, own = [*command, "--resume", saved], ["--resume", saved.name]
     elif what == "base":
         run(*pretrain(data, tmp_path / "base", "--batch_size", 8, "--epochs", 1))
         own = ["--from_weight", tmp_path / "base" / f"{NAME}.pth"]
@@ -154,5 +157,5 @@ def test_ranks_that_see_other_files_end_in_one_line(data, tmp_path, run, what):
     expected = "rows" if what == "rows" else "checkpoint and weights to start from"
     assert f"error: the ranks do not see the same {expected}: " in errors
     assert "Traceback" not in errors + other_errors and "error: " not in other_errors
-    if what == "checkpoint":
+    if "checkpoint" in what:
         assert (here / f"{NAME}.pth").read_bytes() == before
