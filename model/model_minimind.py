@@ -5,6 +5,7 @@ Shapes: B batch, T tokens of this call, S tokens the keys cover, N = B * T, V vo
 H heads, K key/value heads, D head size, E routed experts, k experts per token, R rows packed into one.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
+from transformers.utils.output_capturing import capture_outputs
 
 LOSS_CHUNK = 4096  # supervised positions whose logits are held at once
 
@@ -80,13 +82,19 @@ class MiniMindConfig(PreTrainedConfig):
 
 @dataclass
 class MiniMindOutput(ModelOutput):
-    """`aux_loss` is a scalar, 0 for a dense model and outside training; `loss` is cross-entropy alone."""
+    """`aux_loss` is a scalar, 0 for a dense model and outside training; `loss` is cross-entropy alone.
+
+    `hidden_states` (embeddings, then each block's output; the last one is normed) and `attentions`
+    (B, H, T, S) of each block are there where `output_hidden_states` and `output_attentions` ask for them.
+    """
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     aux_loss: torch.Tensor | None = None
     past_key_values: Cache | None = None
     last_hidden_state: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
@@ -96,6 +104,10 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
     _no_split_modules = ["MiniMindBlock"]  # noqa: RUF012
     _supports_sdpa = True
     supports_gradient_checkpointing = True
+
+    @property
+    def _can_record_outputs(self):
+        return {"hidden_states": MiniMindBlock, "attentions": Attention}
 
     def __init__(self, config: MiniMindConfig | None = None):
         super().__init__(config if config is not None else self.config_class())
@@ -112,6 +124,7 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
             init.copy_(module.freqs_cos, cos)
             init.copy_(module.freqs_sin, sin)
 
+    @capture_outputs
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -138,8 +151,9 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         only_loss = labels is not None and args.get("skip_logits", False)
         positions, targets = supervised_positions(labels) if labels is not None else (None, None)
         wanted = positions if only_loss else None
+        weights = args.get("output_attentions", self.config.output_attentions)
         hidden, aux_loss = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, wanted
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, wanted, weights
         )
         loss, logits = None, None
         if labels is not None:
@@ -197,6 +211,7 @@ class MiniMindModel(nn.Module):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         positions: torch.LongTensor | None = None,
+        output_attentions: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Final hidden states (B, T, C), or (N, C) at flat `positions` (N,) alone; auxiliary loss."""
         hidden = self.embed(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
@@ -217,7 +232,7 @@ class MiniMindModel(nn.Module):
         for index, layer in enumerate(self.layers):
             wanted = positions if index == last else None
             hidden, layer_aux_loss = layer(
-                hidden, rope, mask, sequences, wanted, past_key_values=past_key_values
+                hidden, rope, mask, sequences, wanted, output_attentions, past_key_values=past_key_values
             )
             if layer_aux_loss is not None:
                 aux_loss = aux_loss + layer_aux_loss
@@ -265,10 +280,12 @@ class MiniMindBlock(GradientCheckpointingLayer):
         mask: torch.Tensor | None,
         sequences: torch.Tensor | None,
         positions: torch.Tensor | None = None,
+        output_attentions: bool = False,
         past_key_values: Cache | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(B, T, C) -> the same, or (N, C) at flat `positions` (N,) alone; auxiliary loss of a MoE."""
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rope, mask, past_key_values)
+        normed = self.input_layernorm(hidden)
+        hidden = hidden + self.self_attn(normed, rope, mask, past_key_values, output_attentions)[0]
         if isinstance(self.mlp, MoE):  # its balance depends on all tokens
             update, aux_loss = self.mlp(self.post_attention_layernorm(hidden), sequences)
             hidden = hidden + update
@@ -298,7 +315,9 @@ class Attention(nn.Module):
         rope: tuple[torch.Tensor, torch.Tensor],
         mask: torch.Tensor | None,
         past_key_values: Cache | None,
-    ) -> torch.Tensor:
+        output_attentions: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, T, C) -> the same, and the attention weights (B, H, T, S) where they are asked for."""
         B, T, C = hidden.shape
         query = self.q_proj(hidden).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
         key = self.k_proj(hidden).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
@@ -314,11 +333,13 @@ class Attention(nn.Module):
         if not grouped:
             key, value = key.repeat_interleave(self.groups, 1), value.repeat_interleave(self.groups, 1)
         options = {"attn_mask": mask, "is_causal": is_causal, "enable_gqa": grouped}
-        dropout = self.dropout if self.training else 0.0
-        output = F.scaled_dot_product_attention(
-            query, key, value, dropout_p=dropout, **options
-        )  # (B, H, T, D)
-        return self.resid_dropout(self.o_proj(output.transpose(1, 2).reshape(B, T, C)))
+        attend = functools.partial(F.scaled_dot_product_attention, query, key, **options)
+        output = attend(value, dropout_p=self.dropout if self.training else 0.0)  # (B, H, T, D)
+        weights = None
+        if output_attentions:  # what values that are the identity give
+            identity = torch.eye(key.shape[2]).to(key).expand(*key.shape[:2], -1, -1)  # (B, K, S, S)
+            weights = attend(identity)  # (B, H, T, S)
+        return self.resid_dropout(self.o_proj(output.transpose(1, 2).reshape(B, T, C))), weights
 
 
 class FeedForward(nn.Module):

@@ -119,7 +119,7 @@ def test_attention_equals_its_definition():
                 expected[row, position, head] = scores.softmax(0) @ past_value
     rope = (cos[None, None], sin[None, None])
     torch.testing.assert_close(
-        attention(hidden, rope, None, None), attention.o_proj(expected.flatten(2)), **close
+        attention(hidden, rope, None, None)[0], attention.o_proj(expected.flatten(2)), **close
     )
 
 
@@ -182,6 +182,81 @@ def test_cached_steps_equal_one_forward(lm, side, static):
         start = end
     real = mask.bool()
     torch.testing.assert_close(torch.cat(pieces, 1)[real], expected[real], **close)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_attentions_are_the_weights_that_give_each_layers_output(lm, side, request):
+    ids, mask = pad(random_rows([9, 14]), side)
+    real = mask.bool()
+    given = {}  # module -> its last output
+    for layer in lm.model.layers:
+        for module in (layer.self_attn, layer.self_attn.v_proj):
+            hook = module.register_forward_hook(lambda module, _, output: given.update({module: output}))
+            request.addfinalizer(hook.remove)
+
+    attentions = lm(ids, attention_mask=mask, output_attentions=True).attentions
+
+    assert [tuple(weights.shape) for weights in attentions] == [(2, 4, 14, 14)] * 2
+    weights = torch.stack(attentions).transpose(2, 3)[:, real]  # (L, real tokens, H, S)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 23, 4))
+    padding = ~real[:, None].expand(2, 14, 14)[real]  # (real tokens, S)
+    assert (weights * padding[None, :, None]).abs().max() == 0
+    for layer, weights in zip(lm.model.layers, attentions, strict=True):
+        attention = layer.self_attn
+        values = given[attention.v_proj].view(2, 14, 2, 16).transpose(1, 2)  # (B, K, S, D)
+        mixed = weights @ values.repeat_interleave(2, 1)  # (B, H, T, D)
+        expected = attention.o_proj(mixed.transpose(1, 2).flatten(2))
+        torch.testing.assert_close(given[attention][0][real], expected[real], **close)
+
+
+@pytest.mark.parametrize("keep", [0, 1, torch.tensor([0, 5])], ids=["all", "last", "index"])
+def test_hidden_states_go_from_embeddings_to_what_the_head_reads(lm, keep):
+    ids = torch.stack(random_rows([8, 8]))
+    found = lm(ids, output_hidden_states=True, logits_to_keep=keep)
+    assert [tuple(states.shape) for states in found.hidden_states] == [(2, 8, 64)] * 3
+    torch.testing.assert_close(found.hidden_states[0], lm.model.embed_tokens(ids))
+    read = found.hidden_states[-1][:, slice(-keep, None) if isinstance(keep, int) else keep]
+    torch.testing.assert_close(lm.lm_head(read), found.logits)
+    assert not torch.allclose(found.hidden_states[1], found.hidden_states[0], atol=1e-2)
+    assert found.attentions is None is lm(ids).hidden_states
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 2}, {"use_cache": False}], ids=["cached", "beams", "uncached"]
+)
+def test_generation_returns_the_attentions_and_states_of_each_step(lm, options):
+    ids, mask = pad(random_rows([5, 7]), "left")
+    asked = dict(output_attentions=True, output_hidden_states=True, return_dict_in_generate=True)
+    found = lm.generate(ids, attention_mask=mask, max_new_tokens=3, min_new_tokens=3, **asked, **options)
+    rows, cached = 2 * options.get("num_beams", 1), options.get("use_cache", True)
+    shapes = [[tuple(layer.shape) for layer in step] for step in found.attentions]
+    lengths = [(7, 7), (1 if cached else 8, 8), (1 if cached else 9, 9)]
+    assert shapes == [[(rows, 4, *length)] * 2 for length in lengths]
+    shapes = [[tuple(layer.shape) for layer in step] for step in found.hidden_states]
+    assert shapes == [[(rows, length, 64)] * 3 for length, _ in lengths]
+
+
+def test_attentions_of_cached_steps_equal_one_forward(lm):
+    ids = torch.stack(random_rows([9, 9]))
+    expected = lm(ids, output_attentions=True).attentions
+    cache = lm(ids[:, :6], use_cache=True).past_key_values
+    found = lm(ids[:, 6:], past_key_values=cache, output_attentions=True).attentions
+    for weights, whole in zip(found, expected, strict=True):
+        torch.testing.assert_close(weights, whole[:, :, 6:], **close)
+
+
+def test_attentions_and_states_of_a_training_step_keep_its_gradients():
+    lm = build().train()
+    ids = torch.stack(random_rows([8, 8]))
+    gradients = []
+    for asked in ({}, dict(output_attentions=True, output_hidden_states=True)):
+        lm.zero_grad()
+        lm.activation_checkpointing_enable()
+        found = lm(ids, labels=ids, skip_logits=True, **asked)
+        found.loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in lm.parameters()])
+    assert (len(found.attentions), len(found.hidden_states)) == (2, 3)
+    assert all(map(torch.equal, *gradients))
 
 
 def test_ready_made_4d_mask(lm):
