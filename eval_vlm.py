@@ -62,14 +62,13 @@ class EvalFlags(ModelFlags):
 
     def __post_init__(self) -> None:
         self.check_modes()
-        for name in ("batch_size", "max_new_tokens"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"--{name} must be above 0, found {getattr(self, name)}")
-        if self.temperature < 0:
-            raise ValueError(f"--temperature must not be negative, found {self.temperature}")
+        if self.batch_size <= 0:
+            raise ValueError(f"--batch_size must be above 0, found {self.batch_size}")
         check_seed(self.seed)
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"--top_p must be above 0 and at most 1, found {self.top_p}")
+        try:
+            sampling(self)
+        except ValueError as error:
+            raise ValueError(f"--{error}") from None
 
     def check_modes(self) -> None:
         needs = {

@@ -19,19 +19,28 @@ from model.model_vlm import MiniMindVLM
 from model.processing_vlm import MiniMindVLMProcessor
 
 SILENCE = 0.05  # seconds without text after which a piece is empty
+GREEDY = 1e-6  # temperatures below it: logits divided by them may leave fp32's range and become NaN
 
 
 @dataclass
 class Sampling:
-    """`temperature` 0 takes the likeliest token; defaults as published."""
+    """`temperature` 0 takes the likeliest token; defaults as published. ValueError for any out of range."""
 
     temperature: float = 0.65
     top_p: float = 0.85
     max_new_tokens: int = 512
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):  # NaN is neither
+            raise ValueError(f"temperature must be finite and not negative, found {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, found {self.top_p}")
+        if not 0 < self.max_new_tokens < float("inf"):
+            raise ValueError(f"max_new_tokens must be above 0, found {self.max_new_tokens}")
+
     def arguments(self) -> dict:
         """What `generate` needs. Left alone, it keeps the 50 likeliest tokens only; the release does not."""
-        if self.temperature == 0:
+        if self.temperature < GREEDY:
             return {"do_sample": False, "max_new_tokens": self.max_new_tokens}
         drawn = {"do_sample": True, "temperature": float(self.temperature), "top_p": self.top_p, "top_k": 0}
         return {**drawn, "max_new_tokens": self.max_new_tokens}

@@ -198,6 +198,18 @@ def test_sampling_follows_the_seed(world, weight, monkeypatch, capsys):
     assert answers[0] == answers[1] != answers[2]
 
 
+@pytest.mark.parametrize(
+    "sampling",
+    [["--temperature", "1e-7"], ["--temperature", "1e-40"], ["--temperature", "5", "--top_p", "1e-40"]],
+    ids=" ".join,
+)
+def test_what_leaves_no_choice_answers_as_greedy_does(sampling, world, weight, monkeypatch, capsys):
+    asked = ["--image", world / "images/red.png", "--prompt", "What colour is this?"]
+    code, out, error = call(monkeypatch, capsys, "--weight", weight, *asked, *sampling)
+    assert code == 0 and "Traceback" not in error
+    assert out.splitlines()[2] == "answer: It is red."
+
+
 def test_without_weights_both_ways_to_get_some_are_named(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     code, _, error = call(monkeypatch, capsys)
@@ -248,8 +260,12 @@ def test_default_pictures_are_the_shipped_ones(tmp_path, monkeypatch, capsys, we
         (["--image", "a.png", "--data_path", "x.jsonl"], "--image and --data_path exclude each other"),
         (["--image", "a.png", "--image_dir", "."], "--image and --image_dir exclude each other"),
         (["--data_path", "x.jsonl", "--score", "--stream"], "--stream shows answers"),
-        (["--temperature", "-0.1"], "--temperature must not be negative, found -0.1"),
+        (["--temperature", "-0.1"], "--temperature must be finite and not negative, found -0.1"),
+        (["--temperature", "nan"], "--temperature must be finite and not negative, found nan"),
+        (["--temperature", "inf"], "--temperature must be finite and not negative, found inf"),
         (["--top_p", "0"], "--top_p must be above 0 and at most 1, found 0.0"),
+        (["--top_p", "nan"], "--top_p must be above 0 and at most 1, found nan"),
+        (["--top_p", "inf"], "--top_p must be above 0 and at most 1, found inf"),
         (["--batch_size", "0"], "--batch_size must be above 0, found 0"),
         (["--max_new_tokens", "0"], "--max_new_tokens must be above 0, found 0"),
     ],
