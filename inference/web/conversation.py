@@ -4,6 +4,7 @@ Shapes: P tokens per image, W the encoder's width, N new tokens, I images, H and
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,12 +17,13 @@ from dataset.errors import DataError
 from dataset.images import open_image
 from inference.answers import prepare
 from inference.attention_maps import attention_to_patches
-from inference.chat import Sampling, encode_picture, stream_answer
+from inference.chat import Sampling, stream_answer
 from model.model_vlm import MiniMindVLM
-from model.processing_vlm import IMAGE_MARKER, MiniMindVLMProcessor
+from model.processing_vlm import IMAGE_MARKER, MiniMindVLMProcessor, open_picture
 
 MAX_IMAGES = 8  # of a conversation
 MAX_TOKENS = 4096  # of a conversation with its next answer: beyond what any stage trains on
+MAX_MEGAPIXELS = 48  # of one question's pictures together, as decoded: others wait for it
 SHOWN_PIXELS = 384  # shorter side of the pictures beside the chat
 
 
@@ -59,29 +61,38 @@ class Conversation:
         """Pieces of the answer to the user's next turn. The first is empty: the turn is in `shown` now.
 
         The conversation stays as it was where the iteration is given up at that piece or an error ends it.
-        Refused for a turn that has nothing in it, for files that are no pictures, and for a conversation that
-        would be too long.
+        Refused for a turn that has nothing in it, for files that are no pictures or too large, and for a
+        conversation that would be too long.
         """
         if not text.strip() and not files:
             raise Refused("empty")
         if len(self.features) + len(files) > MAX_IMAGES:
             raise Refused("too_many", limit=MAX_IMAGES)
-        pictures = [_open(path) for path in files]
+        if sum(_megapixels(path, processor.image_size) for path in files) > MAX_MEGAPIXELS:
+            raise Refused("too_large", limit=MAX_MEGAPIXELS)
         marked = text if IMAGE_MARKER in text else f"{IMAGE_MARKER}\n" * len(files) + text
         user = {"role": "user", "content": marked}
         spoken = [{"role": "system", "content": system}] if system.strip() else []
         asked = [*spoken, *self.turns, user]
+        limit = min(MAX_TOKENS, model.config.max_position_embeddings)
+        longest = max(map(len, processor.tokenizer.get_vocab()))  # characters of a token, never fewer
+        characters = sum(len(turn["content"]) for turn in asked)
+        if characters > limit * longest:  # told without tokenizing, which would take seconds
+            raise Refused("too_much_text", characters=characters, limit=limit * longest)
         try:
             length = len(processor.encode_prompt(asked, len(self.features) + len(files)))
         except ValueError as error:
             raise Refused("refused", error=error) from None
-        limit = min(MAX_TOKENS, model.config.max_position_embeddings)
         if length >= limit:
             raise Refused("too_long", tokens=length, limit=limit)
         sampling.max_new_tokens = min(sampling.max_new_tokens, limit - length)
 
-        features = [encode_picture(model, processor, picture) for picture in pictures]
-        seen = [what_the_encoder_sees(processor, picture) for picture in pictures]
+        pixel_values = [_preprocess(processor, path) for path in files]  # (1, 3, H, W) each
+        features = [
+            model.get_image_embeddings(values.to(model.device), model.vision_encoder)[0]
+            for values in pixel_values
+        ]
+        seen = [what_the_encoder_sees(processor, values) for values in pixel_values]
         before = len(self.turns), len(self.shown), len(self.features)
         self.features += features
         self.seen += seen
@@ -132,16 +143,28 @@ class Conversation:
         return self.attention, [processor.tokenizer.decode([token]) for token in ids]
 
 
-def _open(path: str) -> Image.Image:
+@contextmanager
+def _readable(path: str) -> Iterator[None]:
     try:
-        return open_image(path, "upload")
+        yield
     except DataError:
         raise Refused("no_picture", name=path.replace("\\", "/").rsplit("/", 1)[-1]) from None
 
 
-def what_the_encoder_sees(processor: MiniMindVLMProcessor, picture: Image.Image) -> Image.Image:
-    """The preprocessed picture, its pixel values turned back into colours."""
-    values = processor.pixel_values([picture])[0].permute(1, 2, 0).numpy()  # (H, W, 3)
+def _megapixels(path: str, image_size: int | None) -> float:
+    """Of what will be decoded, by the file's header alone; a JPEG shrinks while it is decoded."""
+    with _readable(path), open_picture(path, "upload", image_size, DataError) as image:
+        return image.width * image.height / 1e6
+
+
+def _preprocess(processor: MiniMindVLMProcessor, path: str) -> torch.Tensor:
+    with _readable(path):
+        return processor.pixel_values([open_image(path, "upload", processor.image_size)])  # (1, 3, H, W)
+
+
+def what_the_encoder_sees(processor: MiniMindVLMProcessor, pixel_values: torch.Tensor) -> Image.Image:
+    """A preprocessed picture (1, 3, H, W) turned back into colours."""
+    values = pixel_values[0].permute(1, 2, 0).numpy()  # (H, W, 3)
     settings = processor.image_processor
     if settings.do_normalize:
         values = values * np.array(settings.image_std) + np.array(settings.image_mean)

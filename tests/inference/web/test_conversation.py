@@ -1,6 +1,7 @@
 """What a conversation refuses, what it keeps, and the pictures beside it."""
 
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,6 +61,65 @@ def test_what_cannot_be_answered_leaves_the_conversation_as_it_was(loaded, world
         assert text(reason, accept_language="zh-CN", **refused.value.details)
         assert (conversation.turns, conversation.shown) == before[:2]
         assert len(conversation.features) == len(before[2])
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> list[Path]:
+    """Black pictures of 64 megapixels in 8 KB each."""
+    path = tmp_path_factory.mktemp("large") / "black.png"
+    Image.new("1", (8000, 8000)).save(path)
+    return [path] * MAX_IMAGES
+
+
+@pytest.mark.parametrize(
+    ("reason", "question", "pictures"),
+    [
+        ("too_large", "What?", 1),
+        ("too_large", "What?", MAX_IMAGES),
+        ("too_much_text", "word " * 2_000_000, 0),
+    ],
+    ids=["a picture", "eight pictures", "10 MB of text"],
+)
+def test_what_would_take_long_is_refused_at_once(reason, question, pictures, loaded, large):
+    conversation = Conversation()
+    began = time.perf_counter()
+    with pytest.raises(Refused, match=reason) as refused:
+        answer(loaded, conversation, question, *large[:pictures])
+    assert time.perf_counter() - began < 1
+    assert text(reason, accept_language="zh-CN", **refused.value.details)
+    assert state(conversation) == (0, 0, 0, 0)
+
+
+def test_as_many_photographs_as_a_conversation_takes_are_taken_at_once(loaded, tmp_path):
+    """96 megapixels, but JPEGs are decoded small."""
+    photograph = tmp_path / "photograph.jpg"
+    Image.new("RGB", (4000, 3000), "red").save(photograph)
+    conversation = Conversation()
+    answer(loaded, conversation, "What?", *[photograph] * MAX_IMAGES)
+    assert len(conversation.features) == MAX_IMAGES
+
+
+def test_a_long_system_prompt_counts_as_text(loaded):
+    pieces = Conversation().answer(*loaded, "Hm?", [], "word " * 2_000_000, Sampling())
+    with pytest.raises(Refused, match="too_much_text"):
+        next(pieces)
+
+
+def test_what_fits_in_tokens_is_never_too_much_text(loaded):
+    """By the longest token: nothing has more characters to the token."""
+    tokenizer = loaded[1].tokenizer
+    longest = max((tokenizer.decode([token]) for token in range(len(tokenizer))), key=len)
+    assert answer(loaded, Conversation(), longest * (MAX_TOKENS - 200)) is not None
+    with pytest.raises(Refused, match="too_long"):
+        answer(loaded, Conversation(), longest * MAX_TOKENS)
+
+
+def test_a_picture_is_opened_and_preprocessed_once(loaded, world, monkeypatch):
+    opened, preprocess = [], loaded[1].pixel_values
+    monkeypatch.setattr(loaded[1], "pixel_values", lambda images: opened.append(images) or preprocess(images))
+    conversation = Conversation()
+    assert answer(loaded, conversation, "What colour is this?", world / "images/red.png") == "It is red."
+    assert len(opened) == 1 and conversation.seen[0].getpixel((100, 100)) == (255, 0, 0)
 
 
 def state(conversation: Conversation) -> tuple[int, ...]:
