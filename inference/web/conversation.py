@@ -19,7 +19,8 @@ from inference.answers import prepare
 from inference.attention_maps import attention_to_patches
 from inference.chat import Sampling, stream_answer
 from model.model_vlm import MiniMindVLM
-from model.processing_vlm import IMAGE_MARKER, MiniMindVLMProcessor, open_picture
+from model.pictures import open_picture
+from model.processing_vlm import IMAGE_MARKER, MiniMindVLMProcessor
 
 MAX_IMAGES = 8  # of a conversation
 MAX_TOKENS = 4096  # of a conversation with its next answer: beyond what any stage trains on
