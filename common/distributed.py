@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import os
 import random
+import resource
 import signal
 import sys
 from dataclasses import dataclass, field
@@ -218,7 +219,5 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Largest memory so far: the device's where it counts its own, otherwise this process's resident one."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource
-
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -66,7 +66,10 @@ class FeatureCache:
         missing: dict[str, Item] = {}
         for path, where in items:
             if path not in self.digests:
-                self.digests[path] = digest = _file_digest(path, where)
+                try:
+                    self.digests[path] = digest = sha256_of(Path(path))
+                except OSError as error:
+                    raise DataError(f"{where}: cannot read image {path} ({error.strerror})") from None
                 if digest not in self.places:
                     missing[digest] = path, where
         return missing
@@ -154,10 +157,3 @@ def _to_stored(features: torch.Tensor, dtype: str) -> np.ndarray:
     values = np.rint(features / scales[..., None].astype(np.float32))
     stored["values"], stored["scales"] = np.clip(values, -127, 127), scales
     return stored
-
-
-def _file_digest(path: str, where: str) -> str:
-    try:
-        return sha256_of(Path(path))
-    except OSError as error:
-        raise DataError(f"{where}: cannot read image {path} ({error.strerror})") from None

@@ -67,17 +67,13 @@ class MiniMindConfig(PreTrainedConfig):
                 f"{self.num_attention_heads}: heads are equal and RoPE rotates halves"
             )
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} must be a multiple of "
-                f"num_key_value_heads {self.num_key_value_heads}"
-            )
+            heads = f"num_attention_heads {self.num_attention_heads}"
+            raise ValueError(f"{heads} must be a multiple of num_key_value_heads {self.num_key_value_heads}")
         if self.scoring_func != "softmax":
             raise ValueError(f"scoring_func is {self.scoring_func!r}, but only 'softmax' exists")
         if self.use_moe and not 1 <= self.num_experts_per_tok <= self.n_routed_experts:
-            raise ValueError(
-                f"num_experts_per_tok {self.num_experts_per_tok} must lie between 1 and "
-                f"n_routed_experts {self.n_routed_experts}"
-            )
+            chosen, experts = self.num_experts_per_tok, self.n_routed_experts
+            raise ValueError(f"num_experts_per_tok {chosen} must be 1 to n_routed_experts {experts}")
 
 
 @dataclass

@@ -275,10 +275,8 @@ class MiniMindVLM(MiniMindForCausalLM):
         found = torch.zeros_like(image_counts).index_add_(0, rows, images)  # (B,)
         if bool(broken.any() | (found != image_counts).any()):
             if broken.any():
-                row, length = rows[broken][0].item(), lengths[broken][0].item()
-                raise ValueError(
-                    f"row {row}: a run of {length} image placeholders is not a multiple of {tokens}"
-                )
+                run = f"row {rows[broken][0].item()}: a run of {lengths[broken][0].item()} image placeholders"
+                raise ValueError(f"{run} is not a multiple of {tokens}")
             row = (found != image_counts).nonzero()[0].item()
             runs = f"{found[row].item()} runs of {tokens} image placeholders"
             raise ValueError(f"row {row}: {runs}, but {image_counts[row].item()} images")

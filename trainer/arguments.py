@@ -75,10 +75,7 @@ class TrainingFlags(DeviceFlags):
     eval_data_path: list[str] = flag([], "rows to measure the loss on while training", resumable=True)
     eval_interval: int = flag(1000, "optimizer steps between two such measurements", resumable=True)
     on_bad_sample: str = flag(
-        "skip",
-        "rows that are not usable: skip and list them, or end the run",
-        ON_BAD_SAMPLE,
-        resumable=True,
+        "skip", "rows that are not usable: skip and list them, or end the run", ON_BAD_SAMPLE, resumable=True
     )
     max_bad_steps: int = flag(10, "steps in a row that may be skipped as not finite", resumable=True)
     loss_spike: float | None = optional_flag(
