@@ -80,9 +80,8 @@ class MiniMindConfig(PreTrainedConfig):
 class MiniMindOutput(ModelOutput):
     """`aux_loss` is a scalar, 0 for a dense model and outside training; `loss` is cross-entropy alone.
 
-    `hidden_states` (embeddings, then each block's output; the last one is normed) and `attentions`
-    (B, H, T, S) of each block are there where `output_hidden_states` and `output_attentions` ask for them.
-    """
+    `output_hidden_states` asks for `hidden_states`: embeddings and each block's output, the last one normed;
+    `output_attentions` for `attentions` (B, H, T, S) of each block."""
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None

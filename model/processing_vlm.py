@@ -22,6 +22,9 @@ IMAGE_MARKER = "<image>"
 PLACEHOLDER = "@"
 IGNORE_INDEX = -100
 ROLES = ("system", "user", "assistant")
+# Values of the library's options that mean what happens anyway.
+NO_CHANGE = {"padding": (True, "longest"), "truncation": (False,), "return_tensors": ("auto",)}
+NO_CHANGE |= {"add_special_tokens": (False,), "load_audio_from_video": (False,)}
 
 
 class MiniMindVLMProcessor(ProcessorMixin):
@@ -99,60 +102,60 @@ class MiniMindVLMProcessor(ProcessorMixin):
 
         Pictures come inside the messages (`{"type": "image", "path": ...}`), or in
         `processor_kwargs["images"]`, a list for each conversation; with `tokenize=True, return_dict=True` the
-        result feeds `generate`.
+        result feeds `generate`. Without `tokenize`: text with `<image>` marks, for `__call__`.
+        ValueError for an argument that neither the template nor `batch` knows.
         """
-        if not tokenize:
-            return super().apply_chat_template(
-                conversation,
-                chat_template,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                **kwargs,
-            )
+        template = self._resolve_chat_template(chat_template)
+        rendering = {name: kwargs.pop(name) for name in [*kwargs] if re.search(rf"\b{name}\b", template)}
+        rendering |= {"chat_template": template, "add_generation_prompt": add_generation_prompt}
+        rendering["continue_final_message"] = continue_final_message
         conversations, is_batched = self._normalize_conversations(conversation)
         images = [self._pictures_inside(messages) for messages in conversations]
-        options = {**kwargs, **(processor_kwargs or {})}
+        options = {"return_tensors": return_tensors, **kwargs, **(processor_kwargs or {})}
         if (given := options.pop("images", None)) is not None:
             images = given if is_batched else [given]
+        options = _checked(options)
+        if not tokenize:
+            turns = [self._expand(messages, None) for messages in conversations]
+            rows = [self.tokenizer.apply_chat_template(each, tokenize=False, **rendering) for each in turns]
+            return rows if is_batched else rows[0]
         rows = [
-            self._encode(
-                self._expand(messages, len(pictures)),
-                chat_template=chat_template,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                sanitize_control_tokens=sanitize_control_tokens,
-            )[0]
+            self._encode(self._expand(messages, len(pictures)), sanitize_control_tokens, **rendering)[0]
             for messages, pictures in zip(conversations, images, strict=True)
         ]
-        if not return_dict:
+        if not return_dict and "return_tensors" not in options:
             return rows if is_batched else rows[0]
-        return self.batch(rows, images, padding_side=options.get("padding_side", "left"))
+        batch = self.batch(rows, images, **options)
+        return batch if return_dict else batch["input_ids"]
 
-    def __call__(self, images=None, text=None, padding_side: str | None = None, **kwargs) -> BatchFeature:
+    def __call__(self, images=None, text=None, **kwargs) -> BatchFeature:
         """Prompts that are already text, with `<image>` where pictures go.
 
         `images`: for one text a picture or a list; for several texts a list of pictures for each, or a flat
         list that the texts' markers share out. Without `text`, only `pixel_values` of the pictures.
-        ValueError where markers and pictures differ in number. Other arguments of the library are accepted
-        and have no effect: rows are always padded to the longest one and returned as tensors.
+        ValueError where markers and pictures differ in number, and for `kwargs` that `batch` does not take:
+        rows are never cut, always padded to the longest one and returned as tensors.
         """
+        options = {"padding_side": self.tokenizer.padding_side, **_checked(kwargs)}
         if text is None:
-            return BatchFeature({"pixel_values": self.pixel_values(_flat(images))})
+            data = {"pixel_values": self.pixel_values(_flat(images))}
+            return BatchFeature(data, options.get("return_tensors"))
         texts = [text] if isinstance(text, str) else list(text)
         pictures = self._share_out(texts, images)
+        begins = re.compile(rf"(?<={re.escape(self.tokenizer.bos_token)}assistant\n)")  # answers stand apart
         rows = []
         for row, (prompt, row_pictures) in enumerate(zip(texts, pictures, strict=True)):
-            found = prompt.count(IMAGE_MARKER)
-            if found != len(row_pictures):
-                raise ValueError(
-                    f"text {row}: {found} {IMAGE_MARKER} markers, but {len(row_pictures)} images"
-                )
-            rows.append(self.tokenizer.encode(self._with_placeholders(prompt), add_special_tokens=False))
-        return self.batch(rows, pictures, padding_side=padding_side or self.tokenizer.padding_side)
+            if (found := prompt.count(IMAGE_MARKER)) != (given := len(row_pictures)):
+                raise ValueError(f"text {row}: {found} {IMAGE_MARKER} markers, but {given} images")
+            spans = begins.split(self._with_placeholders(prompt))
+            rows.append([i for span in spans for i in self.tokenizer.encode(span, add_special_tokens=False)])
+        return self.batch(rows, pictures, **options)
 
-    def batch(self, rows: list[list[int]], images: list[list], padding_side: str = "left") -> BatchFeature:
+    def batch(
+        self, rows: list[list[int]], images: list[list], padding_side="left", return_tensors: str = "pt"
+    ) -> BatchFeature:
         """Pads `rows` to the longest: input_ids, attention_mask (B, T) and, if there are any pictures,
-        pixel_values (B, N, 3, H, W) with image_counts (B,)."""
+        pixel_values (B, N, 3, H, W) with image_counts (B,); arrays with `return_tensors="np"`."""
         length = max(len(row) for row in rows)
         input_ids = torch.full((len(rows), length), self.tokenizer.pad_token_id)  # (B, T)
         attention_mask = torch.zeros_like(input_ids)  # (B, T)
@@ -165,7 +168,7 @@ class MiniMindVLMProcessor(ProcessorMixin):
         if counts.sum():
             flat = self.pixel_values(_flat(images))  # (sum of counts, 3, H, W)
             data |= {"pixel_values": image_slots(flat, counts), "image_counts": counts}  # (B, N, 3, H, W)
-        return BatchFeature(data)
+        return BatchFeature(data, return_tensors)
 
     def pixel_values(self, images: list) -> torch.Tensor:
         """Preprocessed (len(images), 3, H, W), fp32. A picture is whatever `to_rgb` takes: a PIL image, an
@@ -173,11 +176,13 @@ class MiniMindVLMProcessor(ProcessorMixin):
         images = [to_rgb(image, self.image_size) for image in images]
         return self.image_processor(images, return_tensors="pt")["pixel_values"]
 
-    def _expand(self, messages: Sequence[dict], num_images: int) -> list[dict[str, str]]:
+    def _expand(self, messages: Sequence[dict], num_images: int | None) -> list[dict[str, str]]:
         """Messages with plain string contents, `<image>` of user turns replaced by placeholders; it is text
-        where there are no images."""
+        where there are no images. `num_images` None: as many as image parts, and each `<image>` stays."""
         parts = [part for m in messages if isinstance(m.get("content"), list) for part in m["content"]]
-        pictured = num_images > 0 or any(part.get("type") == "image" for part in parts)
+        inside, marked = sum(part.get("type") == "image" for part in parts), num_images is None
+        num_images = inside if marked else num_images
+        pictured = num_images > 0 or inside > 0
         turns = [{"role": m["role"], "content": _as_text(m.get("content"))} for m in messages]
         for number, turn in enumerate(turns, start=1):
             if turn["role"] not in ROLES:
@@ -194,7 +199,7 @@ class MiniMindVLMProcessor(ProcessorMixin):
             found = num_images
         if found != num_images:
             raise ValueError(f"{found} {IMAGE_MARKER} markers in the user's turns, but {num_images} images")
-        for turn in turns:
+        for turn in [] if marked else turns:
             expand = pictured and turn["role"] == "user"
             turn["content"] = self._with_placeholders(turn["content"], expand)
         return turns
@@ -202,16 +207,13 @@ class MiniMindVLMProcessor(ProcessorMixin):
     def _with_placeholders(self, text: str, expand: bool = True) -> str:
         """Replaces each `<image>` by P placeholders and keeps the text's own `@` apart from them."""
         pieces = text.split(IMAGE_MARKER) if expand else [text]
-        for piece in pieces:
-            if PLACEHOLDER * self.tokens_per_image in piece:
-                raise ValueError(
-                    f"the text has {self.tokens_per_image} {PLACEHOLDER!r} in a row: that means an image"
-                )
+        run = PLACEHOLDER * self.tokens_per_image
+        if any(run in piece for piece in pieces):
+            raise ValueError(f"the text has {len(run)} {PLACEHOLDER!r} in a row: that means an image")
         result = pieces[0]
         for left, right in itertools.pairwise(pieces):
             result += "\n" if left.endswith(PLACEHOLDER) else ""
-            result += PLACEHOLDER * self.tokens_per_image
-            result += ("\n" if right.startswith(PLACEHOLDER) else "") + right
+            result += run + ("\n" if right.startswith(PLACEHOLDER) else "") + right
         return result
 
     def _encode(
@@ -299,6 +301,14 @@ def _as_text(content: str | list[dict] | None) -> str:
             raise ValueError(f"a message has a part of type {kind!r}, expected 'text' or 'image'")
         texts.append(IMAGE_MARKER if kind == "image" else part["text"])
     return "\n".join(texts)
+
+
+def _checked(given: dict[str, Any]) -> dict[str, Any]:
+    """The options that `batch` takes; ValueError for any other that would change something."""
+    given = {k: v for k, v in given.items() if v is not None and v not in NO_CHANGE.get(k, ())}
+    for name in sorted(given.keys() - {"padding_side", "return_tensors"}):
+        raise ValueError(f"the processor takes no {name}={given[name]!r}: it pads whole rows to the longest")
+    return given
 
 
 def _flat(images: Any) -> list:

@@ -242,6 +242,119 @@ def test_chat_template_equals_encode_prompt(processor):
     assert batch["pixel_values"].shape[:2] == (1, 1)
 
 
+PARTS = [{"type": "image"}, {"type": "text", "text": "What?"}]
+PICTURES = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+STRINGS_ONLY = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{{ '<think>' if thinking }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [None, STRINGS_ONLY], ids=["shipped", "strings_only"])
+@pytest.mark.parametrize(
+    ("messages", "images"),
+    [
+        ([{"role": "user", "content": PARTS}], 1),
+        ([{"role": "user", "content": [*PARTS, *PARTS]}], 2),
+        ([user("Hi <image> there")], 1),
+        ([user("no picture")], 0),
+        ([{"role": "user", "content": PARTS}, assistant("  \n two"), user("  and a@b?")], 1),
+        ([{"role": "user", "content": PARTS}, assistant("\nA deer."), {"role": "user", "content": PARTS}], 2),
+    ],
+    ids="parts parts_twice string none answer_of_spaces two_turns".split(),
+)
+def test_text_of_a_chat_gives_the_ids_that_the_chat_gives(processor, template, messages, images):
+    pictures = PICTURES[:images]
+    options = {"chat_template": template, "add_generation_prompt": True}
+    text = processor.apply_chat_template(messages, **options)
+    assert text.count("<image>") == images
+    expected = processor.apply_chat_template(
+        messages, tokenize=True, return_dict=True, processor_kwargs={"images": pictures}, **options
+    )
+    found = processor(text=text, images=pictures or None)
+    assert found["input_ids"].tolist() == expected["input_ids"].tolist()
+    assert found.keys() == expected.keys()
+
+
+def test_texts_of_several_chats_are_a_list(processor):
+    chats = [[{"role": "user", "content": PARTS}], [user("Hi")]]
+    texts = [processor.apply_chat_template(chat) for chat in chats]
+    assert processor.apply_chat_template(chats) == texts
+    assert texts[0].endswith("<|im_start|>user\n<image>\nWhat?<|im_end|>\n")
+
+
+@pytest.mark.parametrize("tokenize", [False, True])
+def test_the_templates_own_variables_reach_it(processor, tokenize):
+    options = {"chat_template": STRINGS_ONLY, "tokenize": tokenize, "add_generation_prompt": True}
+    prompt = processor.apply_chat_template([user("Hi")], thinking=True, **options)
+    text = processor.tokenizer.decode(prompt) if tokenize else prompt
+    assert text.endswith("assistant\n<think>")
+
+
+def call(processor, **options):
+    return processor(text="<image>", images=PICTURES[:1], **options)
+
+
+def template(processor, **options):
+    messages = [{"role": "user", "content": "<image>"}]
+    given = {"processor_kwargs": {"images": PICTURES[:1], **options.pop("processor_kwargs", {})}}
+    return processor.apply_chat_template(messages, tokenize=True, return_dict=True, **given, **options)
+
+
+def within(processor, **options):
+    return template(processor, processor_kwargs=options)
+
+
+@pytest.mark.parametrize("how", [call, template, within])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"truncation": True},
+        {"truncation": True, "max_length": 2},
+        {"max_length": 900},
+        {"padding": "max_length"},
+        {"padding": False},
+        {"add_special_tokens": True},
+        {"do_rescale": False},
+        {"text_kwargs": {"padding": True}},
+        {"enable_thinking": True},
+    ],
+    ids=str,
+)
+def test_an_option_without_effect_is_refused(processor, how, options):
+    found = "|".join(re.escape(f"{name}={value!r}") for name, value in options.items())
+    with pytest.raises(ValueError, match=f"^the processor takes no ({found}): it pads whole rows to the"):
+        how(processor, **options)
+
+
+@pytest.mark.parametrize("how", [call, template])
+@pytest.mark.parametrize("options", [{"padding": True}, {"padding": "longest", "truncation": False}], ids=str)
+def test_options_that_ask_for_what_happens_anyway_are_taken(processor, how, options):
+    passed = {"videos": None, "add_special_tokens": False, "load_audio_from_video": False, "tools": None}
+    expected, found = how(processor), how(processor, **options, **passed)
+    assert found["input_ids"].tolist() == expected["input_ids"].tolist()
+
+
+@pytest.mark.parametrize("how", [call, template])
+def test_tensors_are_returned_as_asked(processor, how):
+    expected, found = how(processor, return_tensors="pt"), how(processor, return_tensors="np")
+    assert list(found) == ["input_ids", "attention_mask", "pixel_values", "image_counts"]
+    for name, array in found.items():
+        assert isinstance(array, np.ndarray) and isinstance(expected[name], torch.Tensor)
+        assert np.array_equal(array, expected[name].numpy()) and array.dtype == expected[name].numpy().dtype
+    with pytest.raises(ValueError, match="tf"):
+        how(processor, return_tensors="tf")
+
+
+def test_pixel_values_alone_and_ids_alone_are_returned_as_asked(processor):
+    assert isinstance(processor(images=PICTURES, return_tensors="np")["pixel_values"], np.ndarray)
+    prompt = processor.encode_prompt([user("Hi")])
+    asked = {"tokenize": True, "add_generation_prompt": True}
+    assert processor.apply_chat_template([user("Hi")], **asked) == prompt
+    ids = processor.apply_chat_template([user("Hi")], return_tensors="pt", **asked)
+    assert ids.tolist() == [prompt]
+
+
 def test_saved_processor_gives_the_same_ids(processor, tmp_path):
     processor.save_pretrained(tmp_path)
     loaded = MiniMindVLMProcessor.from_pretrained(tmp_path)
