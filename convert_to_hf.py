@@ -22,13 +22,13 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 from transformers.utils import logging as transformers_logging
 
 from common.cli import UserError, optional_flag, parse_flags, run_main, user_errors
-from common.weights import Sidecar, half_state, save_weights
+from common.weights import Sidecar, describe, half_state, save_weights
 from inference.trained import WeightFlags, find_weight, load_export, load_pth
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.processing_vlm import MiniMindVLMProcessor
 
 log = logging.getLogger(__name__)
-SIDECAR = "minimind_sidecar.json"  # marks a folder as ours, and gives the `.pth` its sidecar back
+SIDECAR = "minimind_sidecar.json"  # marks a folder as ours to replace; the `.pth` gets it back
 CODE = ("model_minimind.py", "model_vlm.py", "pictures.py", "processing_vlm.py")
 TOLERANCE = 1e-3  # largest difference of a logit in fp32
 AUTO_MAP = {
@@ -86,17 +86,31 @@ def pth_to_export(flags: ConvertFlags) -> None:
 
 
 def export_to_pth(folder: Path, out: Path) -> None:
-    if not is_export(folder):
+    if not has_our_config(folder):
         raise UserError(
-            f"--to_torch {folder}: expected a folder written by this script, with config.json and {SIDECAR}"
+            f"--to_torch {folder}: expected a folder written by this script, or saved by a model that was "
+            f"loaded from one: its config.json says {VLMConfig.model_type!r}"
         )
     if out.is_dir():
         raise UserError(f"--out {out} is a folder, expected a file name")
-    model, _ = load_export(folder)
-    with user_errors(str(folder / SIDECAR)):
-        sidecar = json.loads((folder / SIDECAR).read_text(encoding="utf-8"))
+    model, processor = load_export(folder)
+    if (folder / SIDECAR).is_file():
+        with user_errors(str(folder / SIDECAR)):
+            sidecar = json.loads((folder / SIDECAR).read_text(encoding="utf-8"))
+    else:
+        sidecar = sidecar_of(model, processor)
+        unknown = "stage, step, arguments and the encoder's folder are unknown (see --vision_model_path)"
+        log.warning("warning: %s has no %s: %s", folder, SIDECAR, unknown)
     save_weights(out, half_state(model.state_dict()), sidecar)
     log.info("%s -> %s and %s", folder, out, out.with_suffix(".json").name)
+
+
+def sidecar_of(model: MiniMindVLM, processor: MiniMindVLMProcessor) -> Sidecar:
+    """What an export's files say by themselves: `save_pretrained` does not copy its sidecar."""
+    sidecar = describe(model, processor.tokenizer, stage="", step=0, arguments={})
+    for name in ("architectures", "auto_map", "dtype"):  # of the folder, not of the weights
+        sidecar["config"].pop(name, None)
+    return {name: sidecar[name] for name in ("config", "tokenizer", "encoder")}
 
 
 def write_export(folder: Path, model: MiniMindVLM, processor: MiniMindVLMProcessor, sidecar: Sidecar) -> None:
@@ -180,11 +194,15 @@ def check_target(out: Path) -> None:
 
 
 def is_export(folder: Path) -> bool:
+    return has_our_config(folder) and (folder / SIDECAR).is_file()
+
+
+def has_our_config(folder: Path) -> bool:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return config.get("model_type") == VLMConfig.model_type and (folder / SIDECAR).is_file()
+    return isinstance(config, dict) and config.get("model_type") == VLMConfig.model_type
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from conftest import ROOT, save_dinov2
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import convert_to_hf
 from common.cli import run_main
@@ -344,6 +346,42 @@ def test_bare_pth_is_exported_and_comes_back(convert, tmp_path):
     assert convert("--to_torch", tmp_path / "hf", "--out", tmp_path / "back.pth")[0] == 0
 
     assert (tmp_path / "back.pth").read_bytes() == source.read_bytes()
+
+
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": "1MB"}], ids=["whole", "shards"])
+def test_a_folder_saved_by_a_loaded_export_comes_back(convert, weights, export, tmp_path, caplog, options):
+    """`save_pretrained` of model and processor, as after somebody's own training: without our sidecar."""
+    model = AutoModelForImageTextToText.from_pretrained(export[0], trust_remote_code=True)
+    model.save_pretrained(tmp_path / "saved", **options)
+    AutoProcessor.from_pretrained(export[0], trust_remote_code=True).save_pretrained(tmp_path / "saved")
+
+    back = tmp_path / "back.pth"
+    assert convert("--to_torch", tmp_path / "saved", "--out", back)[0] == 0
+
+    unknown = "stage, step, arguments and the encoder's folder are unknown (see --vision_model_path)"
+    assert caplog.messages[0] == f"warning: {tmp_path / 'saved'} has no minimind_sidecar.json: {unknown}"
+    expected, found = (torch.load(path, weights_only=True) for path in (weights, back))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    known, sidecar = (json.loads(path.with_suffix(".json").read_text()) for path in (weights, back))
+    assert sidecar.keys() == {"config", "tokenizer", "encoder"}
+    assert sidecar["config"] == known["config"]
+    assert sidecar["tokenizer"]["fingerprint"] == known["tokenizer"]["fingerprint"]
+    assert sidecar["encoder"] == known["encoder"] | {"path": None}
+    loaded, _ = load_vlm(str(back), str(ENCODER))
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+
+def test_a_folder_that_others_saved_is_not_replaced(convert, weights, export, tmp_path):
+    out = tmp_path / "saved"
+    shutil.copytree(export[0], out)
+    (out / "minimind_sidecar.json").unlink()
+    before = files(out)
+
+    code, message = convert("--weight", weights, "--out", out)
+
+    assert (code, "is not empty and not an export" in message) == (1, True)
+    assert files(out) == before
 
 
 def test_previous_export_is_replaced(convert, weights, tmp_path):
