@@ -8,13 +8,15 @@ import contextlib
 import copy
 import json
 import logging
-import shutil
+import platform
+import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import transformers
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -136,9 +138,23 @@ def write_export(folder: Path, model: MiniMindVLM, processor: MiniMindVLMProcess
     processor.auto_map = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
     processor.save_pretrained(folder)
     for name in CODE:
-        shutil.copyfile(Path(__file__).parent / "model" / name, folder / name)
+        source = (Path(__file__).parent / "model" / name).read_text(encoding="utf-8")
+        (folder / name).write_text(with_version_check(source), encoding="utf-8")
     (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)  # 0600, whatever the umask
     (folder / SIDECAR).write_text(json.dumps(sidecar, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def with_version_check(source: str) -> str:
+    """A module's source that first, after its docstring, says which transformers it needs."""
+    docstring, quotes, rest = source.partition('"""\n')
+    needed = required_transformers()
+    check = VERSION_CHECK.format(needed=needed, numbers=needed.replace(".", ", "))
+    return docstring + quotes + check + rest
+
+
+def required_transformers() -> str:
+    requirements = (Path(__file__).parent / "requirements.txt").read_text(encoding="utf-8")
+    return re.search(r"^transformers>=(\d+\.\d+)$", requirements, re.MULTILINE)[1]
 
 
 def exact_half(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -254,8 +270,22 @@ def model_card(name: str, model: MiniMindVLM, sidecar: Sidecar, encoder: str | N
         encoder=encoder,
         vision=vision,
         tokens=len(model.config.image_ids),
+        python=platform.python_version(),
+        torch=torch.__version__.partition("+")[0],
+        transformers=transformers.__version__,
+        needed=required_transformers(),
     )
 
+
+VERSION_CHECK = """
+import transformers
+
+if [int(part) for part in transformers.__version__.split(".")[:2]] < [{numbers}]:
+    raise ImportError(
+        f"this model needs transformers {needed} or newer, but {{transformers.__version__}} is installed\\n"
+        "upgrade it: pip install -U 'transformers>={needed}'"
+    )
+"""
 
 MODEL_CARD = """\
 ---
@@ -287,6 +317,9 @@ print(ask([{{"role": "user", "content": content}}], return_full_text=False)[0]["
 
 `AutoProcessor` and `AutoModelForImageTextToText` (or `AutoModelForCausalLM`) load the parts. The weights are
 stored in fp16 and load as float32; pass `dtype=torch.bfloat16` or `torch.float16` on a GPU.
+
+Needs transformers {needed} or newer (`pip install -U "transformers>={needed}"`), torch and Pillow.
+Made and checked with Python {python}, torch {torch}, transformers {transformers}.
 
 ## Licence
 

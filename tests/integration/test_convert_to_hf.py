@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import resource
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import ROOT, save_dinov2
 from PIL import Image
 from safetensors.torch import load_file
@@ -288,6 +290,10 @@ def test_export_is_complete_and_says_what_it_is(weights, export):
     assert (generation["do_sample"], generation["max_new_tokens"]) == (False, 512)
     assert [generation[f"{name}_token_id"] for name in ("pad", "bos", "eos")] == [0, 1, 2]
     card = (folder / "README.md").read_text(encoding="utf-8")
+    assert (
+        f"Python {platform.python_version()}, torch {torch.__version__.split('+')[0]}, transformers" in card
+    )
+    assert f"transformers {transformers.__version__}.\n" in card and "Needs transformers 5." in card
     assert "license: apache-2.0" in card and "`clip`" in card and "# tiny-v1.0" in card
     shared = (folder / "config.json").read_text() + (folder / "processor_config.json").read_text() + card
     assert str(ROOT) not in shared
@@ -398,6 +404,33 @@ def test_previous_export_is_replaced(convert, weights, tmp_path):
 
 
 # --- what is refused
+
+
+@pytest.mark.parametrize("kind", ["AutoConfig", "AutoProcessor", "AutoModelForImageTextToText", "pipeline"])
+@pytest.mark.parametrize("version", ["4.57.1", "5.22.3.dev0"])
+def test_an_older_transformers_is_told_in_two_lines(export, tmp_path, monkeypatch, kind, version):
+    folder = tmp_path / tmp_path.name  # the library keeps modules by the folder's name
+    shutil.copytree(export[0], folder)
+    monkeypatch.setattr(transformers, "__version__", version)
+    with pytest.raises(ImportError) as error:
+        if kind == "pipeline":
+            transformers.pipeline("image-text-to-text", str(folder), trust_remote_code=True)
+        else:
+            getattr(transformers, kind).from_pretrained(folder, trust_remote_code=True)
+    needed = convert_to_hf.required_transformers()
+    assert str(error.value).splitlines() == [
+        f"this model needs transformers {needed} or newer, but {version} is installed",
+        f"upgrade it: pip install -U 'transformers>={needed}'",
+    ]
+
+
+def test_exported_code_is_ours_with_a_check_after_the_docstring(export):
+    found = (export[0] / "model_vlm.py").read_text(encoding="utf-8")
+    ours = (ROOT / "model/model_vlm.py").read_text(encoding="utf-8")
+    docstring = ours[: ours.index('"""', 3) + 4]
+    check = found.removeprefix(docstring).removesuffix(ours.removeprefix(docstring))
+    assert found == docstring + check + ours.removeprefix(docstring)
+    assert check.startswith("\nimport transformers\n\nif ") and max(map(len, found.splitlines())) <= 110
 
 
 @pytest.mark.parametrize("fault", ["weights", "nan", "processor", "generate"])
