@@ -7,22 +7,27 @@ from elsewhere, and it tells nobody. docs/web_demo.md says what it is for and ho
 import contextlib
 import logging
 import os
+import re
 import signal
 import socket
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import gradio as gr
 from PIL import Image
+from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
 
 from common.cli import flag, optional_flag, parse_flags, run_main, user_errors
 from common.distributed import resolve_dtype, runtime
+from inference.pictures import SHIPPED_PICTURES
 from inference.trained import ModelFlags, default_weight, find_weight
-from inference.web.events import Demo
+from inference.web.events import OUT_DIR, Demo
 from inference.web.page import CSS, FONTS, I18N, JS, build_page
 
 log = logging.getLogger(__name__)
@@ -56,6 +61,7 @@ def main() -> int:
     weight = str(find_weight(flags.weight or default_weight()))
     check_port(flags.host, flags.port)
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+    private = OUT_DIR, Path(".git"), Path(weight), *Path(SHIPPED_PICTURES).parent.glob("*.*")
     with runtime(flags.device, seed=int(time.time())) as run, own_temporary_folder():
         model_flags = flags.vision_model_path, flags.tokenizer_path, flags.heads()
         demo = Demo(weight, run.device, flags.dtype, *model_flags)
@@ -76,6 +82,8 @@ def main() -> int:
                 footer_links=["settings"],
                 run_history=False,
                 ssr_mode=False,
+                blocked_paths=[str(path.absolute()) for path in private],  # even if an event named them
+                app_kwargs={"middleware": [Middleware(NoRelay)]},
                 prevent_thread_lock=True,
                 quiet=True,
             )
@@ -100,6 +108,17 @@ def own_temporary_folder() -> Iterator[None]:
     with tempfile.TemporaryDirectory(prefix="minimind-v-", dir=parent, ignore_cleanup_errors=True) as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         yield
+
+
+class NoRelay:
+    """Refuses to fetch for a visitor: Gradio passes on what any public address gives."""
+
+    def __init__(self, app: Callable) -> None:
+        self.app = app
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        relayed = scope["type"] == "http" and re.search(r"/(file|proxy)=\s*\w+:", scope["path"])
+        await (PlainTextResponse("not from here", 403) if relayed else self.app)(scope, receive, send)
 
 
 def check_port(host: str, port: int) -> None:

@@ -6,7 +6,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,7 +71,10 @@ class Demo:
             conversation = Conversation(weight)
         with self.answering:
             try:
-                sampling = sampling_of(temperature, top_p, max_new_tokens)
+                try:
+                    sampling = Sampling(temperature, top_p, int(max_new_tokens))
+                except ValueError as error:  # NaN: the sliders' own bounds let it pass
+                    raise Refused("refused", error=error) from None
                 model, processor = self.open_model(weight)
                 pieces = conversation.answer(
                     model, processor, message["text"], message["files"], system, sampling, self.dtype
@@ -163,14 +165,6 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def sampling_of(temperature: float, top_p: float, max_new_tokens: float) -> Sampling:
-    """Refused for what is no setting: whoever does not use the page may send anything."""
-    try:
-        return replace(Sampling(temperature, top_p, max_new_tokens), max_new_tokens=int(max_new_tokens))
-    except (TypeError, ValueError) as error:
-        raise Refused("refused", error=error) from None
 
 
 def speaker(request: gr.Request) -> Callable[..., str]:

@@ -1,9 +1,12 @@
 """The page of the web demo: what is on it, how it looks, and which event does what."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.utils import get_upload_folder, is_in_or_equal, is_static_file
 
 from inference.chat import Sampling
 from inference.pictures import SHIPPED_PICTURES
@@ -49,10 +52,45 @@ JS = """
 """
 
 
+class Page(gr.Blocks):
+    """Takes no file but what was uploaded here and its own examples; what is wrong with what is sent, its
+    sender is told. Gradio would fetch any address, and log a traceback."""
+
+    async def process_api(self, block_fn: Any, inputs: list[Any], *args, **kwargs) -> dict[str, Any]:
+        told = kwargs.get("event_data")
+        with told_in_one_line():
+            for path in paths_in([inputs, told and told._data]):
+                if not (is_in_or_equal(path, get_upload_folder()) or is_static_file(path)):
+                    raise ValueError("a file that was not uploaded here")
+        return await super().process_api(block_fn, inputs, *args, **kwargs)
+
+    async def preprocess_data(self, *args, **kwargs) -> list[Any]:
+        with told_in_one_line():
+            return await super().preprocess_data(*args, **kwargs)
+
+
+@contextmanager
+def told_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except (gr.Error, OSError, TypeError, ValueError) as error:
+        message = str(getattr(error, "message", error))
+        raise gr.Error(f"This cannot be taken: {message}", print_exception=False) from None
+
+
+def paths_in(data: Any) -> Iterator[str]:
+    """Whatever Gradio might take for the path of a file."""
+    if isinstance(data, dict) and isinstance(data.get("path"), str):
+        yield data["path"]
+    if isinstance(data, (dict, list)):
+        for part in data.values() if isinstance(data, dict) else data:
+            yield from paths_in(part)
+
+
 def build_page(demo: Demo) -> gr.Blocks:
     say = I18N
     gr.set_static_paths(SHIPPED_PICTURES)  # copies of the examples would be deleted with old uploads
-    with gr.Blocks(
+    with Page(
         title="MiniMind-V", analytics_enabled=False, fill_width=True, delete_cache=(FILES_CHECKED, FILES_KEPT)
     ) as page:
         conversation = gr.State(Conversation())

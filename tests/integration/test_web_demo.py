@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -9,8 +10,10 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import gradio as gr
@@ -352,28 +355,134 @@ def test_a_port_in_use_is_one_clear_line(weight, run):
     assert re.fullmatch(rf"error: --host 127.0.0.1 --port {port}: .*in use.*\n", result.stderr)
 
 
-def select_example(url: str, told: dict) -> str:
-    """What the server answers to one who says which example was chosen, without a page of ours."""
-    dependencies = httpx.get(f"{url}/config").json()["dependencies"]
-    (chosen,) = [one for one in dependencies if any(event == "example_select" for _, event in one["targets"])]
-    body = {"fn_index": chosen["id"], "data": [], "event_data": told, "session_hash": "visitor"}
-    return httpx.post(f"{url}/gradio_api/run/predict", json=body, timeout=60).text
+SECRET = "nobody else's business"
+PRIVATE = ["out/private_notes.txt", "notes.png", ".git/config", "{tmp}/weights.pth"]
 
 
-@pytest.mark.parametrize("name", ["out/private_notes.txt", ".git/config"])
-def test_no_file_of_the_server_is_had_by_calling_it_an_example(site, server, name):
+@pytest.fixture(scope="module")
+def private(site) -> Iterator[dict[str, str]]:
+    """Files that are not for visitors: below the working folder, and another program's in /tmp."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {name: name.format(tmp=folder) for name in PRIVATE}
+        for path in paths.values():
+            (site / path).parent.mkdir(exist_ok=True)
+            (site / path).write_text(SECRET)
+        yield paths
+
+
+@pytest.fixture(scope="module")
+def post(server) -> Iterator[Callable[..., str]]:
+    """All that the server says to one who sends `data`, and `told` of the event, from no page of ours."""
+    with httpx.Client(base_url=f"{server[0]}/gradio_api", timeout=60) as client:
+        config = client.get(f"{server[0]}/config").json()
+        names = {None: None} | {part["id"]: part["props"].get("elem_id") for part in config["components"]}
+
+        def post(event: str, data: list, told: dict | None = None) -> str:
+            (found, *_) = [
+                found
+                for found in config["dependencies"]
+                if event
+                in [found["api_name"], *(f"{names.get(part)}.{name}" for part, name in found["targets"])]
+            ]
+            visitor = uuid.uuid4().hex
+            body = {"fn_index": found["id"], "data": data, "event_data": told, "session_hash": visitor}
+            if not found["queue"]:
+                return client.post("/run/predict", json=body).text
+            content = json.dumps(body)  # which NaN may stand in
+            client.post("/queue/join", content=content, headers={"content-type": "application/json"})
+            said = ""
+            with client.stream("GET", "/queue/data", params={"session_hash": visitor}) as stream:
+                for line in stream.iter_lines():
+                    said += line
+                    if "process_completed" in line:
+                        return said
+            return said
+
+        yield post
+
+
+def chosen(path: str | dict) -> tuple:
+    return "chat.example_select", [], {"index": 1, "value": {"text": "Forged", "files": [path]}}
+
+
+def asked(file: dict, system: str | dict = "", sampling: tuple = (0, 1, 8)) -> tuple:
+    message = {"text": "Hm?", "files": [file]}
+    return "ask", [message, None, "out/sft_vlm_512.pth", system, *sampling]
+
+
+def file_at(path: str, **more) -> dict:
+    return {"path": path, "orig_name": "x.png", "meta": {"_type": "gradio.FileData"}, **more}
+
+
+SHIPPED = file_at("dataset/eval_images/photo_cat.jpg")
+FORGED = {
+    "an example's file": chosen,
+    "an example's upload": lambda path: chosen(file_at(path)),
+    "an example's untyped file": lambda path: chosen([path]),
+    "an upload": lambda path: asked(file_at(path)),
+    "an upload's stream": lambda path: asked(file_at(path, is_stream=True)),
+    "an upload's address": lambda path: asked({**SHIPPED, "url": path}),
+    "an upload beside a good one": lambda path: (
+        "ask",
+        [{**SHIPPED, "text": "Hm?", "files": [file_at(path)]}, *asked({})[1][1:]],
+    ),
+    "an untyped upload": lambda path: asked({"path": path}),
+    "a system prompt": lambda path: asked(SHIPPED, file_at(path)),
+    "a conversation": lambda path: ("look", [{"shown": [file_at(path)]}]),
+    "a model": lambda path: ("model.input", [path, None]),
+    "a model's file": lambda path: ("model.input", [file_at(path), None]),
+    "a token": lambda path: ("token.input", [{"seen": [path]}, file_at(path)]),
+}
+
+
+@pytest.mark.parametrize("name", PRIVATE)
+@pytest.mark.parametrize("forged", FORGED)
+def test_no_file_of_the_server_is_had_by_naming_it(forged, name, private, site, server, post):
+    said = post(*FORGED[forged](private[name]))
+    assert said
+    addresses = {f"/gradio_api/file={private[name]}", *re.findall(r"/gradio_api/file=[^\"\\\s]+", said)}
+    got = [httpx.get(f"{server[0]}{address}").text for address in addresses]
+    assert not any(SECRET in text for text in (said, *got))
+    kept = [path.read_bytes() for path in (site / "uploads").rglob("*") if path.is_file()]
+    assert not any(SECRET.encode() in content for content in kept)
+
+
+@pytest.mark.parametrize(
+    "forged", ["an upload", "an upload beside a good one", "a system prompt", "an example's upload"]
+)
+@pytest.mark.parametrize("path", ["notes.png", "http://127.0.0.1:9/x.png", "x\0.png", "a" * 300, ".."])
+def test_a_file_that_was_not_uploaded_is_refused_before_it_is_looked_for(forged, path, post):
+    assert "This cannot be taken: " in post(*FORGED[forged](path))
+
+
+@pytest.mark.parametrize("relay", ["file=http://127.0.0.1:{port}/x", "proxy=http://127.0.0.1:{port}/x"])
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_no_address_is_asked_because_a_visitor_names_it(method, relay, server):
+    """The server's own one stands for all."""
     url = server[0]
-    (site / name).parent.mkdir(exist_ok=True)
-    (site / name).write_text("nobody else's business")
-    said = select_example(url, {"index": 1, "value": {"text": "Forged", "files": [name]}})
-    for address in {f"/gradio_api/file={name}", *re.findall(r"/gradio_api/file=[^\"\\\s]+", said)}:
-        assert "nobody else's business" not in httpx.get(f"{url}{address}").text
+    got = httpx.request(method, f"{url}/gradio_api/{relay.format(port=url.rsplit(':', 1)[1])}")
+    assert got.status_code == 403
+    assert method == "HEAD" or got.text == "not from here"
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [(math.nan, 1, 8), (0, math.nan, 8), (0, 1, math.nan), (math.inf, 1, 8), ("hot", 1, 8), (0, 1, None)],
+    ids=str,
+)
+def test_a_setting_that_is_none_is_refused_without_a_traceback(sampling, post):
+    said = post(*asked(SHIPPED, sampling=sampling))
+    assert "This cannot be taken" in said or "This cannot be answered" in said
+
+
+def test_an_example_is_known_by_its_number(post):
+    said = post(*chosen("x.png"))
     assert Path(list(EXAMPLES)[1]).name in said and "What is on the left?" in said and "Forged" not in said
 
 
 @pytest.mark.parametrize("index", [99, -1])
-def test_an_example_that_is_none_is_refused(server, index):
-    said = select_example(server[0], {"index": index, "value": {"text": "Forged", "files": []}})
+def test_an_example_that_is_none_is_refused(index, post):
+    said = post("chat.example_select", [], {"index": index, "value": {"text": "Forged", "files": []}})
     assert "no such example" in said and "Forged" not in said
 
 
