@@ -14,9 +14,9 @@ log = logging.getLogger(__name__)
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    if not Path(path).is_dir():
-        raise UserError(f"--tokenizer_path {path}: no such folder")
     with user_errors(f"--tokenizer_path {path}"):
+        if not Path(path).is_dir():
+            raise UserError(f"--tokenizer_path {path}: no such folder")
         # AutoTokenizer would ask whether to run the code in an exported folder.
         return PreTrainedTokenizerFast.from_pretrained(path)
 

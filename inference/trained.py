@@ -102,8 +102,8 @@ def find_weight(weight: str) -> Path:
     """A path as it is; the name of a `.pth` in `out/` as the path of that."""
     path = Path(weight)
     named = Path("out") / f"{path.name.removesuffix('.pth')}.pth"
-    is_name = path.parent == Path() and not path.exists()
-    return named if is_name and named.is_file() else path
+    with user_errors("--weight"):  # raises for a name that is too long
+        return path if path.exists() or path.parent != Path() or not named.is_file() else named
 
 
 def load_export(folder: Path) -> tuple[MiniMindVLM, MiniMindVLMProcessor]:

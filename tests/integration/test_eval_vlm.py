@@ -319,6 +319,19 @@ def test_flags_that_make_no_sense_are_wrong_usage(arguments, message, monkeypatc
             "--tokenizer_path {world}/no",
         ),
         (["--image", "{world}/images/red.png", "--device", "cuda:99"], "--device cuda:99"),
+        (
+            ["--image", "{world}/images/red.png", "--weight", "{too_long}"],
+            "--weight: [Errno 36] File name too",
+        ),
+        (
+            ["--image", "{world}/images/red.png", "--weight", "{world}/{too_long}.pth"],
+            "--weight: [Errno 36] File name too",
+        ),
+        (
+            ["--image", "{world}/images/red.png", "--tokenizer_path", "{too_long}"],
+            "--tokenizer_path {too_long}: ",
+        ),
+        (["--image", "{world}/images/red.png", "--vision_model_path", "{too_long}"], "too long"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
