@@ -4,17 +4,18 @@ Without pictures or a file the shipped ones in dataset/eval_images/ are describe
 """
 
 import logging
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.cli import UserError, check_seed, flag, parse_flags, run_main, user_errors
+from common.cli import CONTROLS, UserError, check_seed, flag, parse_flags, run_main, user_errors
 from common.distributed import Runtime, autocast, resolve_dtype, runtime
 from common.weights import write_json
 from dataset.rows import load_rows
 from inference.answers import Question, check_pictures, pictures_of, questions_of
-from inference.ask import UNPRINTABLE, Answer, Speaker, TerminalStreamer, ask
+from inference.ask import IN_TEXT, Answer, Speaker, TerminalStreamer, ask
 from inference.chat import Sampling
 from inference.pictures import PICTURE_SUFFIXES, SHIPPED_PICTURES, pictures_in
 from inference.trained import DEFAULT_WEIGHT, ModelFlags, default_weight, load_vlm
@@ -69,6 +70,10 @@ class EvalFlags(ModelFlags):
             sampling(self)
         except ValueError as error:
             raise ValueError(f"--{error}") from None
+        try:
+            self.prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"--prompt: not text in UTF-8 ({error})") from None
 
     def check_modes(self) -> None:
         needs = {
@@ -97,6 +102,8 @@ class EvalFlags(ModelFlags):
 
 def main() -> int:
     flags = parse_flags(EvalFlags, __doc__)
+    if sys.stdout:  # None where it is closed
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     weights = flags.weight or [default_weight()]
     questions = [] if flags.perplexity or flags.chat else list(find_questions(flags))
     check_pictures(dict.fromkeys(flags.image, "--image") | pictures_of(questions))
@@ -136,8 +143,9 @@ def ask_all(speakers: list[Speaker], questions: list[Question], flags: EvalFlags
     answers = []
     for question in questions:
         if question.images:
-            print(f"image:  {', '.join(Path(path).name for path in question.images)}")
-        print(f"prompt: {question.text}")
+            names = ", ".join(Path(path).name for path in question.images)
+            print(f"image:  {names}".translate(CONTROLS))
+        print(f"prompt: {question.text}".translate(IN_TEXT))
         answers.append([ask_one(speaker, question, flags, len(speakers) > 1) for speaker in speakers])
         print(flush=True)
     if flags.report:
@@ -150,10 +158,10 @@ def ask_all(speakers: list[Speaker], questions: list[Question], flags: EvalFlags
 
 def ask_one(speaker: Speaker, question: Question, flags: EvalFlags, named: bool) -> Answer:
     streamer = TerminalStreamer(speaker.processor) if flags.stream else None
-    print(f"{speaker.name}: " if named else "answer: ", end="", flush=True)
+    print(f"{speaker.name if named else 'answer'}: ".translate(CONTROLS), end="", flush=True)
     answer = ask(speaker, question, sampling(flags), streamer)
     if not flags.stream:
-        print(answer.text.translate(UNPRINTABLE), flush=True)
+        print(answer.text.translate(IN_TEXT), flush=True)
     rate = answer.tokens_per_second
     log.info("%d tokens in %.2f s (%.1f tokens/s)", answer.tokens, answer.seconds, rate)
     return answer
@@ -172,10 +180,10 @@ def score_file(
         )
         scored.append(found)
     measured = measure(scored)
-    print(f"{flags.data_path}{', blank pictures' if flags.blank_images else ''}")
+    print(f"{flags.data_path}{', blank pictures' if flags.blank_images else ''}".translate(CONTROLS))
     print(score_table(scored[0], measured) if len(scored) == 1 else comparison_tables(scored, measured))
     for one in scored:
-        print(one.speed if len(scored) == 1 else f"{one.name}: {one.speed}")
+        print((one.speed if len(scored) == 1 else f"{one.name}: {one.speed}").translate(CONTROLS))
     if flags.report:
         report = report_of(scored, measured)
         answered = report.pop("questions")

@@ -17,6 +17,8 @@ from dataset.errors import DataError
 
 Flags = TypeVar("Flags")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+# What files and models are called may be anything: a terminal would take control characters for commands.
+CONTROLS = dict.fromkeys((*range(32), *range(127, 160))) | {ord("\t"): " ", ord("\n"): " "}
 
 
 class UserError(Exception):
@@ -91,7 +93,7 @@ def parse_flags(flags: type[Flags], description: str) -> Flags:
     try:
         (parsed,) = parser.parse_args_into_dataclasses()
     except ValueError as error:
-        parser.error(str(error))
+        parser.error(str(error).translate(CONTROLS))
     return parsed
 
 
@@ -123,7 +125,7 @@ def run_main(main: Callable[[], int | None]) -> None:
             write_stdout("")
     except (UserError, DataError) as error:
         if not isinstance(error, ToldElsewhere):
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {error}".translate(CONTROLS), file=sys.stderr)
         code = getattr(error, "exit_code", 1)
     except KeyboardInterrupt:
         code = 130

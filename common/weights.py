@@ -63,7 +63,7 @@ def cpu_copy(value: Any, dtype: torch.dtype | None = None) -> Any:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes a JSON file whole or not at all; UserError if that fails."""
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    write_file(path, lambda file: file.write(text.encode()))
+    write_file(path, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 
 def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from transformers import TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
-from common.cli import user_errors
+from common.cli import CONTROLS, user_errors
 from inference.answers import Question, encode_pictures, encode_question, prepare
 from inference.chat import Sampling
 from model.model_vlm import MiniMindVLM
 from model.processing_vlm import MiniMindVLMProcessor
 
-# A model may say anything: control characters would reach the terminal as commands.
-UNPRINTABLE = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+IN_TEXT = CONTROLS | {ord(kept): kept for kept in "\n\t"}  # answers and questions have lines
 
 
 @dataclass
@@ -63,4 +62,4 @@ class TerminalStreamer(TextStreamer):
         super().__init__(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        super().on_finalized_text(text.translate(UNPRINTABLE), stream_end)
+        super().on_finalized_text(text.translate(IN_TEXT), stream_end)

@@ -5,6 +5,7 @@ Everything from models, files and flags is escaped.
 
 import base64
 import io
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -98,7 +99,7 @@ def write_picture_report(
         rows=rows,
         expected=expected,
     )
-    write_file(path, lambda file: file.write(page.encode()))
+    write_file(path, lambda file: file.write(page.encode(errors="backslashreplace")))
 
 
 def html_environment() -> Environment:
@@ -140,7 +141,7 @@ def saved_thumbnails(questions: Sequence[Question], path: Path) -> dict[str, Mar
         content = thumbnail(image, where)
         file_path = folder / f"{number:04}.jpg"
         write_file(file_path, lambda file, content=content: file.write(content))
-        found[image] = Markup(quote(f"{folder.name}/{file_path.name}"))
+        found[image] = Markup(quote(os.fsencode(f"{folder.name}/{file_path.name}")))
     return found
 
 

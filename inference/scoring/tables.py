@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from common.cli import CONTROLS
 from inference.answers import Question, greedy_answers
 from inference.ask import Speaker
 from inference.scoring.accuracy import score
@@ -162,7 +163,9 @@ def score_table(scored: Scored, measured: Measured) -> str:
 def comparison_tables(scored: Sequence[Scored], measured: Measured) -> str:
     """Accuracies side by side, their differences to the first model, and the other metrics likewise."""
     letters = [chr(ord("A") + number) for number in range(len(scored))]
-    names = "\n".join(f"{letter}: {one.name}" for letter, one in zip(letters, scored, strict=True))
+    names = "\n".join(
+        f"{letter}: {one.name}".translate(CONTROLS) for letter, one in zip(letters, scored, strict=True)
+    )
     baselines = [one.blank for one in scored if one.blank]
     head = ["accuracy", "n", *letters, "majority", *(f"blank {letter}" for letter in letters if baselines)]
     lines = [head]
@@ -205,7 +208,8 @@ def count_of(report: dict[str, Any], name: str) -> int:
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Cells in columns, the first one to the left, the others to the right."""
+    """Cells in columns, the first one to the left, the others to the right, for a terminal."""
+    lines = [[cell.translate(CONTROLS) for cell in line] for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]) for first, *rest in lines

@@ -6,20 +6,23 @@ Several models may answer, one after the other, each after its own answers. Gene
 import contextlib
 import json
 import logging
+import os
+import shlex
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from urllib.parse import unquote_to_bytes, urlsplit
 
 import torch
 
-from common.cli import UserError, user_errors
+from common.cli import CONTROLS, UserError, user_errors
 from common.weights import write_file
 from dataset.errors import DataError
 from dataset.images import open_image
-from inference.ask import UNPRINTABLE, Speaker
+from inference.ask import IN_TEXT, Speaker
 from inference.chat import Sampling, encode_picture, stream_answer
 from inference.picture_report import escape_markdown
 from inference.terminal.picture import draw
@@ -79,6 +82,9 @@ class TerminalChat:
         """Begins with `pictures` for the first question. KeyboardInterrupt if Ctrl-C comes at the prompt."""
         with contextlib.suppress(ImportError):  # some builds of Python have no readline
             import readline  # noqa: F401  gives input() its arrow keys and history, of this session alone
+        if sys.stdin is None:
+            raise UserError("--chat: stdin is closed, expected questions there")
+        sys.stdin.reconfigure(errors="surrogateescape")  # names of files need not be text
         for path in pictures:
             self.add(path)
         if sys.stdin.isatty():
@@ -87,7 +93,7 @@ class TerminalChat:
             try:
                 self.handle(line)
             except (UserError, DataError) as error:
-                print(f"error: {error}", file=sys.stderr, flush=True)
+                print(f"error: {error}".translate(CONTROLS), file=sys.stderr, flush=True)
 
     def handle(self, line: str) -> None:
         name, _, argument = line.partition(" ")
@@ -109,7 +115,7 @@ class TerminalChat:
         ]
         self.pictures.append(Picture(path, features))
         draw(seen[0])
-        print(f"picture {len(self.pictures)}: {path.name}")
+        print(f"picture {len(self.pictures)}: {path.name}".translate(CONTROLS))
 
     def drop(self, argument: str) -> None:
         number = int(argument) if argument.isdecimal() else 0 if argument else len(self.pictures)
@@ -125,12 +131,13 @@ class TerminalChat:
                 turn.question = IMAGE_MARKER.join(pieces[:place]) + rest
                 break
             before += len(pieces) - 1
-        print(f"dropped {picture.path.name}")
+        print(f"dropped {picture.path.name}".translate(CONTROLS))
 
     def list_pictures(self, _: str) -> None:
         shown = self.shown()
         for number, picture in enumerate(self.pictures, start=1):
-            print(f"{number}: {picture.path}{'' if number <= shown else ' (for the next question)'}")
+            when = "" if number <= shown else " (for the next question)"
+            print(f"{number}: {picture.path}{when}".translate(CONTROLS))
         if not self.pictures:
             print("no pictures")
 
@@ -144,6 +151,8 @@ class TerminalChat:
 
     def answer(self, question: str) -> None:
         """Prints and keeps every model's answer. An answer stopped by Ctrl-C is kept as far as it went."""
+        with user_errors("the question is not text in UTF-8"):
+            question.encode()
         if IMAGE_MARKER not in question:
             question = f"{IMAGE_MARKER}\n" * (len(self.pictures) - self.shown()) + question
         prompts = [self.messages(number, question) for number in range(len(self.speakers))]
@@ -153,7 +162,7 @@ class TerminalChat:
         answers = []
         for number, (speaker, messages) in enumerate(zip(self.speakers, prompts, strict=True)):
             if len(self.speakers) > 1:
-                print(f"{speaker.name}: ", end="", flush=True)
+                print(f"{speaker.name}: ".translate(CONTROLS), end="", flush=True)
             features = [picture.features[number] for picture in self.pictures]
             sampling = replace(self.sampling, max_new_tokens=min(room[number], self.sampling.max_new_tokens))
             answers.append(self.stream(speaker, messages, features, sampling))
@@ -169,7 +178,7 @@ class TerminalChat:
         try:
             for piece in pieces:
                 said += piece
-                print(piece.translate(UNPRINTABLE), end="", flush=True)
+                print(piece.translate(IN_TEXT), end="", flush=True)
             print(flush=True)
         except KeyboardInterrupt:
             print(" (stopped)", flush=True)
@@ -203,8 +212,8 @@ class TerminalChat:
             raise UserError(f"/save {argument}: expected a file name that ends in .md or .json")
         text = writers[path.suffix]()
         with user_errors(f"/save {argument}"):
-            write_file(path, lambda file: file.write(text.encode()))
-        print(f"saved {path}")
+            write_file(path, lambda file: file.write(text.encode(errors="backslashreplace")))
+        print(f"saved {path}".translate(CONTROLS))
 
     def as_markdown(self) -> str:
         pictures = iter(self.pictures)
@@ -236,12 +245,26 @@ class TerminalChat:
 
 
 def typed_path(command: str, argument: str) -> Path:
-    """The path that was typed after `command`. UserError where its `~user` is unknown."""
-    path = Path(argument.strip("'\""))  # terminals quote what is dropped on them
+    """The path typed after `command`, or dropped there, where terminals quote it or make a URL of it; a file
+    that is called what stands there comes first. UserError where its `~user` is unknown."""
+    path = Path(argument)
+    with user_errors(f"{command} {argument}"):  # raises for a name that is too long
+        if not path.exists():
+            path = Path(undropped(argument))
     try:
         return path.expanduser()
     except RuntimeError:
         raise UserError(f"{command} {path}: no such home folder") from None
+
+
+def undropped(argument: str) -> str:
+    """`/a b.png` for `/a\\ b.png`, `'/a b.png'` and `file:///a%20b.png`."""
+    with contextlib.suppress(ValueError):  # a lone quote
+        words = shlex.split(argument)
+        argument = words[0] if len(words) == 1 else argument
+    if argument.startswith("file://"):
+        return os.fsdecode(unquote_to_bytes(urlsplit(argument).path))
+    return argument
 
 
 def read_line() -> str | None:
@@ -255,5 +278,3 @@ def read_line() -> str | None:
     except KeyboardInterrupt:
         print()
         raise
-    except UnicodeDecodeError as error:
-        raise UserError(f"stdin: not text in UTF-8 ({error})") from None

@@ -121,6 +121,29 @@ def test_a_markdown_page_keeps_its_thumbnails_beside_it(world, weight, monkeypat
         assert picture.size == (48, 40)
 
 
+LATIN = "caf\udce9"  # as Linux hands on the name of a file in Latin-1
+
+
+@pytest.mark.parametrize("report", ["r.html", "r.md", f"{LATIN}.md", "r.json", f"{LATIN}.json"], ids=ascii)
+def test_a_report_is_written_though_a_name_is_not_text(report, world, weight, tmp_path, monkeypatch, capsys):
+    picture, model = tmp_path / f"{LATIN}.png", tmp_path / f"{LATIN}.pth"
+    picture.write_bytes((world / "images/red.png").read_bytes())
+    for suffix in (".pth", ".json"):
+        model.with_suffix(suffix).write_bytes(weight.with_suffix(suffix).read_bytes())
+    asked = ["--image", picture, "--prompt", "What colour is this?", "--temperature", 0]
+    if report.endswith(".json"):
+        rows = [row("colour", [("What colour is this?", "It is red.")], "red.png")]
+        where = ["--images_path", world / "images", "--no_blank_baseline"]
+        asked = ["--data_path", write_rows(tmp_path / f"{LATIN}.jsonl", rows), "--score", *where]
+    models = ["--weight", model, "--weight", weight]
+    code, out, error = call(monkeypatch, capsys, *models, *asked, "--report", tmp_path / report)
+    assert code == 0, error
+    content = (tmp_path / report).read_text(encoding="utf-8")
+    assert "caf" in content and "caf" in out and (report.endswith(".json") or "It is red." in content)
+    if report.endswith(".json"):
+        assert json.loads(content)["weight"] == str(model)
+
+
 @pytest.mark.parametrize("mode", [["--report", "{folder}/r.md"], ["--score"]], ids=" ".join)
 def test_a_picture_that_is_cut_off_is_told_before_the_first_question(
     mode, weight, tmp_path, monkeypatch, capsys

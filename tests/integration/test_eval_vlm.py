@@ -142,6 +142,24 @@ def test_an_answer_sends_no_commands_to_the_terminal(stream, world, weight, monk
     assert out.splitlines()[2] == "answer: It is [2Jred."
 
 
+def test_names_and_questions_send_no_commands_to_the_terminal(world, weight, tmp_path, monkeypatch, capsys):
+    evil = tmp_path / "\x1b[2J\x9b\nanswer: red.png"
+    evil.write_bytes((world / "images/red.png").read_bytes())
+    named = evil.with_suffix(".pth")
+    for suffix in (".pth", ".json"):
+        named.with_suffix(suffix).write_bytes(weight.with_suffix(suffix).read_bytes())
+    models = ["--weight", named, "--weight", weight]
+    asked = ["--image", evil, "--prompt", "What\x1b[31m is this?", "--temperature", 0, "--max_new_tokens", 2]
+    code, out, _ = call(monkeypatch, capsys, *models, *asked)
+    assert code == 0 and not any(char in out for char in "\x1b\x9b")
+    assert out.splitlines()[:2] == ["image:  [2J answer: red.png", "prompt: What[31m is this?"]
+    row_ = {**row("\x1b[2J", [("What colour is this?", "It is red.")]), "image": str(evil)}
+    scored = ["--data_path", write_rows(tmp_path / "\x1b.jsonl", [row_]), "--score"]
+    code, out, error = call(monkeypatch, capsys, *models, *scored)
+    assert code == 0, error
+    assert not any(char in out for char in "\x1b\x9b")
+
+
 @pytest.mark.parametrize("buffered", [True, False], ids=["buffered", "PYTHONUNBUFFERED"])
 @pytest.mark.parametrize("stream", [[], ["--stream"]], ids=["whole", "streaming"])
 def test_a_reader_that_has_gone_ends_it_quietly(stream, buffered, world, weight, monkeypatch, capsys):
@@ -267,6 +285,7 @@ def test_default_pictures_are_the_shipped_ones(tmp_path, monkeypatch, capsys, we
         (["--top_p", "nan"], "--top_p must be above 0 and at most 1, found nan"),
         (["--top_p", "inf"], "--top_p must be above 0 and at most 1, found inf"),
         (["--batch_size", "0"], "--batch_size must be above 0, found 0"),
+        (["--prompt", "caf\udce9"], "--prompt: not text in UTF-8"),
         (["--max_new_tokens", "0"], "--max_new_tokens must be above 0, found 0"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -332,6 +351,7 @@ def test_flags_that_make_no_sense_are_wrong_usage(arguments, message, monkeypatc
             "--tokenizer_path {too_long}: ",
         ),
         (["--image", "{world}/images/red.png", "--vision_model_path", "{too_long}"], "too long"),
+        (["--image", "{world}/\x1b[2J.png"], "--image: cannot read image {world}/[2J.png ("),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -350,6 +370,11 @@ def test_bad_input_is_one_clear_line(arguments, message, world, weight, monkeypa
     (line,) = [line for line in error.splitlines() if line.startswith("error: ")]
     assert filled(message, places) in line
     assert "Traceback" not in error
+
+
+def test_a_name_that_is_not_text_is_escaped_in_an_error(world, weight, run):
+    result = run("eval_vlm.py", "--weight", weight, "--image", world / "caf\udce9.png", expect=1)
+    assert f"error: --image: cannot read image {world}/caf\\udce9.png ([Errno 2]" in result.stderr
 
 
 def filled(text: str, places: dict[str, str]) -> str:

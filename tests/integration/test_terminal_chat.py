@@ -103,7 +103,8 @@ def chat(monkeypatch, capsys):
     """Pipes lines into a chat: exit code, stdout and stderr."""
 
     def chat(*lines: str, arguments=()) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        typed = "".join(f"{line}\n" for line in lines).encode(errors="surrogateescape")
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed), "utf-8"))
         command = ["eval_vlm.py", "--chat", "--temperature", 0, *arguments]
         monkeypatch.setattr(sys, "argv", list(map(str, command)))
         with pytest.raises(SystemExit) as exit_:
@@ -169,12 +170,12 @@ def test_a_saved_conversation_can_be_scored(world, weight, chat, monkeypatch, ca
     assert line.split()[2:4] == ["1", "1.000"]
 
 
-def test_mistakes_are_one_line_and_the_chat_goes_on(world, weight, chat):
-    (world / "images/broken.gif").write_bytes(b"no picture")
+def test_mistakes_are_one_line_and_the_chat_goes_on(world, weight, chat, tmp_path):
+    (tmp_path / "broken.gif").write_bytes(b"no picture")
     mistakes = {
         "/image": "/image needs the path",
         "/image no.png": "/image: cannot read image no.png ([Errno 2] No such file",
-        f"/image {world}/images/broken.gif": "/image: cannot read image",
+        f"/image {tmp_path}/broken.gif": "/image: cannot read image",
         f"/image {TOO_LONG}.png": "File name too long",
         "/image ~nobody_at_all/x.png": "/image ~nobody_at_all/x.png: ",
         "/drop": "/drop : no such picture, there are 0",
@@ -184,7 +185,7 @@ def test_mistakes_are_one_line_and_the_chat_goes_on(world, weight, chat):
         f"/save {world}/eval.jsonl/chat.md": f"cannot write {world}/eval.jsonl/chat.md",
         f"/save {TOO_LONG}.md": "File name too long",
         "/save ~nobody_at_all/x.md": "/save ~nobody_at_all/x.md: ",
-        "/save \0.md": "/save \0.md: embedded null",
+        "/save \0.md": "/save .md: embedded null",
     }
     code, out, error = chat(*mistakes, "/help", arguments=["--weight", weight])
     assert code == 0 and "/image PATH" in out
@@ -193,6 +194,62 @@ def test_mistakes_are_one_line_and_the_chat_goes_on(world, weight, chat):
     for line, message in zip(lines, mistakes.values(), strict=True):
         assert message in line
     assert "Traceback" not in error
+
+
+ODD = {
+    "a space": ("my file.png", "{folder}/my file.png"),
+    "a dropped space": ("my file.png", "{folder}/my\\ file.png"),
+    "a quoted space": ("my file.png", "'{folder}/my file.png'"),
+    "a quote in quotes": ("it's.png", "'{folder}/it'\\''s.png'"),
+    "a lone quote": ("it's.png", "{folder}/it's.png"),
+    "a URL": ("my file.png", "file://{folder}/my%20file.png"),
+    "a quoted URL": ("my file.png", "'file://{folder}/my%20file.png'"),
+    "a URL's own name": ("my%20file.png", "{folder}/my%20file.png"),
+    "backslashes of its own": ("my\\ file.png", "{folder}/my\\ file.png"),
+    "quotes of its own": ("'mine'.png", "{folder}/'mine'.png"),
+    "bytes that are not UTF-8": ("caf\udce9.png", "{folder}/caf\udce9.png"),
+    "such bytes in a URL": ("caf\udce9.png", "file://{folder}/caf%E9.png"),
+}
+
+
+@pytest.mark.parametrize(("name", "typed"), ODD.values(), ids=ODD)
+def test_a_picture_is_found_as_terminals_paste_it(name, typed, world, weight, chat, tmp_path):
+    (tmp_path / name).write_bytes((world / "images/red.png").read_bytes())
+    lines = [f"/image {typed.format(folder=tmp_path)}", "What colour is this?", f"/save {tmp_path}/c.md"]
+    code, out, error = chat(*lines, arguments=["--weight", weight])
+    assert code == 0 and "error" not in error
+    shown = name.encode(errors="backslashreplace").decode()
+    assert out.splitlines()[:2] == [f"picture 1: {shown}", "It is red."]
+    assert "It is red." in (tmp_path / "c.md").read_text(encoding="utf-8")
+
+
+def test_names_and_questions_send_no_commands_to_the_terminal(world, weight, chat, tmp_path):
+    evil = tmp_path / "\x1b[2J\x9bred.png"
+    evil.write_bytes((world / "images/red.png").read_bytes())
+    lines = [f"/image {evil}", "/images", "/drop", f"/image {evil}x", f"/\x1bfrob {evil}"]
+    lines.append(f"/save {tmp_path}/\x1b.md")
+    code, out, error = chat(*lines, arguments=["--weight", weight])
+    assert code == 0
+    assert not any(char in out + error for char in "\x1b\x9b")
+    assert out.splitlines()[0] == "picture 1: [2Jred.png"
+
+
+def test_a_chat_without_stdin_or_stdout_is_one_line(weight, monkeypatch, capsys):
+    for stream in ("stdin", "stdout"):
+        monkeypatch.setattr(sys, stream, None)
+    monkeypatch.setattr(sys, "argv", ["eval_vlm.py", "--chat", "--weight", str(weight)])
+    with pytest.raises(SystemExit) as exit_:
+        run_main(eval_vlm.main)
+    assert exit_.value.code == 1
+    assert "error: --chat: stdin is closed, expected questions there" in capsys.readouterr().err
+
+
+def test_a_question_that_is_not_text_is_one_line_and_the_chat_goes_on(world, weight, chat):
+    arguments = ["--weight", weight, "--image", world / "images/red.png"]
+    code, out, error = chat("What colour \udce9 is this?", "What colour is this?", arguments=arguments)
+    assert code == 0 and "Traceback" not in error
+    assert "error: the question is not text in UTF-8: " in error
+    assert out.splitlines()[1:] == ["It is red."]
 
 
 @pytest.mark.parametrize(
