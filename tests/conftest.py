@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # several test processes share th
 import numpy as np
 import pytest
 import torch
+import transformers.dynamic_module_utils
 from entry_points import ROOT, EntryPoint, start_server
 from PIL import Image
 from transformers import (
@@ -38,11 +39,12 @@ THINGS = ["cat", "red bus", "old clock", "tree", "dog", "boat", "cup", "bird"]
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Tables that tests build stay out of the user's cache."""
+    """Tables that tests build, and the code of exports that they load, stay out of the user's caches."""
     os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("datasets_cache"))
     import datasets.config
 
     datasets.config.HF_DATASETS_CACHE = Path(os.environ["HF_DATASETS_CACHE"])
+    transformers.dynamic_module_utils.HF_MODULES_CACHE = str(tmp_path_factory.mktemp("modules_cache"))
 
 
 @pytest.fixture(scope="session")

@@ -105,17 +105,6 @@ print(json.dumps(found))
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def own_module_cache(tmp_path_factory):
-    """Code of exports that this process loads stays out of the user's cache."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("hf"))
-        )
-        patch.setattr(sys, "path", [*sys.path])
-        yield
-
-
 def make_weights(folder: Path, encoder: Path = ENCODER, **config) -> Path:
     """A random model, loud enough for every weight to matter, saved as training saves it."""
     torch.manual_seed(0)

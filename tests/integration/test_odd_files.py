@@ -354,7 +354,8 @@ def test_a_file_is_read_by_its_content(name, odd, weight, tmp_path, call):
 def test_the_chat_takes_the_pictures_that_are_fine(odd, weight, call, monkeypatch):
     fine = names_of(FINE_PICTURES, odd)
     lines = [f"/image '{odd}/images/{name}'\n" for name in [*fine, *BROKEN_PICTURES, "gone.png"]]
-    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(lines)))
+    typed = io.TextIOWrapper(io.BytesIO("".join(lines).encode()), "utf-8")
+    monkeypatch.setattr(sys, "stdin", typed)
     code, out, errors = call(eval_vlm.main, "--weight", weight, "--chat")
     assert code == 0
     assert re.findall(r"^picture (\d+): (.*)", out, re.MULTILINE) == [
@@ -370,13 +371,11 @@ def exported(weight, tmp_path_factory):
     """The processor of an export, by its own code."""
     folder = tmp_path_factory.mktemp("hf")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder / "cache"))
-        patch.setattr(sys, "path", [*sys.path])
         patch.setattr(sys, "argv", ["convert_to_hf.py", "--weight", str(weight), "--out", str(folder / "m")])
         with pytest.raises(SystemExit) as end:
             run_main(convert_to_hf.main)
         assert not end.value.code
-        yield AutoProcessor.from_pretrained(folder / "m", trust_remote_code=True)
+    return AutoProcessor.from_pretrained(folder / "m", trust_remote_code=True)
 
 
 @pytest.mark.parametrize("name", FINE_PICTURES)
