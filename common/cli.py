@@ -70,9 +70,7 @@ class DeviceFlags:
     """Flags of everything that runs a model."""
 
     device: str | None = optional_flag("cuda, cuda:1, mps or cpu; if not given: the best there is", True)
-    dtype: str = flag(
-        "auto", "precision of the forward pass; auto is bfloat16 where the hardware has it", DTYPES
-    )
+    dtype: str = flag("auto", "precision of the forward pass; auto: bfloat16 where hardware has it", DTYPES)
 
 
 def check_seed(seed: int) -> None:

@@ -79,22 +79,20 @@ class Runtime:
             with self.together():
                 yield
         else:
-            self._agree(failed=False)
+            with self.together():
+                pass
             yield
 
     @contextlib.contextmanager
     def together(self):
         """What is inside is done on all ranks before any goes on; if it fails on one, the others end too."""
+        failed = True
         try:
             yield
-        except BaseException:
-            self._agree(failed=True)
-            raise
-        self._agree(failed=False)
-
-    def _agree(self, failed: bool) -> None:
-        if self.sum(failed)[0] and not failed:
-            raise ToldElsewhere
+            failed = False
+        finally:
+            if self.sum(failed)[0] and not failed:
+                raise ToldElsewhere
 
     def catch_signals(self) -> None:
         """The first SIGINT or SIGTERM is noted, so that the step ends and the state is saved; a second one
@@ -151,8 +149,7 @@ def _store() -> dist.Store:
 
 def _device(name: str | None) -> torch.device:
     if name is None:
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        name = accelerator.type if accelerator else "cpu"
+        name = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     try:
         device = torch.device(name)
         if device.type == "cuda" and device.index is None:

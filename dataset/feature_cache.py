@@ -119,10 +119,9 @@ def encode_missing(
     DataError for a picture that cannot be read, OSError where the disk is too small.
     """
     missing = list(cache.find_missing(items).items())
-    config = model.config
-    width = config.vision_config.hidden_size
+    width = model.config.vision_config.hidden_size
     token_bytes = width + 2 if cache.dtype == "int8" else width * 2
-    needed = len(missing) * len(config.image_ids) * token_bytes
+    needed = len(missing) * len(model.config.image_ids) * token_bytes
     if needed > (free := shutil.disk_usage(cache.folder).free):
         raise OSError(
             f"{cache.folder}: features of {len(missing)} pictures need {needed / 1e9:.1f} GB, "

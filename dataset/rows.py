@@ -4,10 +4,12 @@ Here a row is read, brought into one form and checked; tokens and pictures are v
 """
 
 import codecs
+import itertools
 import json
 import os
 import reprlib
 from collections.abc import Iterator
+from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -45,7 +47,7 @@ NOT_JSON = {
     b"\xfe\xff": "UTF-16",
 }
 HEAD_BYTES = 4096
-STAT_THREADS, STAT_NAMES = 16, 1000  # a thread looks up that many names at a time
+STAT_THREADS, STAT_NAMES = 16, 20_000  # names in memory at a time
 
 
 def load_rows(paths: list[Path], images_path: Path | None = None) -> Dataset:
@@ -102,16 +104,11 @@ def _check_pictures(rows: Dataset, images_root: str) -> None:
     column = rows.data.table.column("images")
     images = pc.list_flatten(column)
     names, gone = images.unique(), []
-
-    def missing(start: int) -> list[str]:
-        part = names.slice(start, STAT_NAMES).to_pylist()
-        return [name for name in part if _missing(name, images_root)]
-
-    starts = range(0, len(names), STAT_NAMES)
+    missing = partial(_missing, images_root=images_root)
     with ThreadPool(STAT_THREADS) as pool:
-        found = pool.imap(missing, starts)
-        for part in tqdm(found, "looking for pictures", len(starts), leave=False, unit="k", delay=2):
-            gone += part
+        for start in tqdm(range(0, len(names), STAT_NAMES), "looking for pictures", leave=False, delay=2):
+            part = names.slice(start, STAT_NAMES).to_pylist()
+            gone += itertools.compress(part, pool.map(missing, part))
     if gone:
         first = pc.index(pc.is_in(images, pa.array(gone, images.type)), True).as_py()
         where = rows[pc.list_parent_indices(column)[first].as_py()]["where"]

@@ -106,10 +106,9 @@ class VLMDataset(Dataset):
             row = self.rows[index]
             try:
                 found.append(self._sample(row, pictures))
-            except DataError as error:
-                found.append(error)
             except Exception as error:  # a chat template, too, refuses what it does not like
-                found.append(DataError(f"{row['where']}: {first_line(error)}"))
+                is_told = isinstance(error, DataError)
+                found.append(error if is_told else DataError(f"{row['where']}: {first_line(error)}"))
         return found
 
     def _sample(self, row: dict, pictures: dict[str, torch.Tensor]) -> Sample:

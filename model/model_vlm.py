@@ -81,12 +81,11 @@ class MiniMindVLM(MiniMindForCausalLM):
         self.train(self.training)
 
     def _resolve_encoder(self, path: str | Path | None) -> tuple[PreTrainedModel | None, object | None]:
-        if path is not None and path is not _DEFAULT_PATH:
-            return self.get_vision_model(path)
-        if self.config.vision_config is not None:
+        is_given = path is not None and path is not _DEFAULT_PATH
+        if not is_given and self.config.vision_config is not None:
             return AutoModel.from_config(self.config.vision_config), None
         # from_pretrained builds on the meta device, where no file may be read.
-        if path is None or torch.get_default_device().type == "meta":
+        if path is None or (not is_given and torch.get_default_device().type == "meta"):
             return None, None
         return self.get_vision_model(path)
 

@@ -66,7 +66,7 @@ class TrainingFlags(DeviceFlags):
     keep_checkpoints: int = flag(2, "how many of the newest training states stay on the disk", resumable=True)
     resume: str = flag(
         "auto",
-        "auto: go on with an unfinished run; never: start over; or a checkpoint's folder",
+        "auto: continue an unfinished run; never: start over; or a checkpoint's folder",
         resumable=True,
     )
     resume_override: bool = flag(
@@ -78,9 +78,7 @@ class TrainingFlags(DeviceFlags):
         "skip", "rows that are not usable: skip and list them, or end the run", ON_BAD_SAMPLE, resumable=True
     )
     max_bad_steps: int = flag(10, "steps in a row that may be skipped as not finite", resumable=True)
-    loss_spike: float | None = optional_flag(
-        "skip steps whose loss is above so many times its mean", resumable=True
-    )
+    loss_spike: float | None = optional_flag("skip steps whose loss is above so many times its mean", True)
     timeout_seconds: float = flag(1800.0, "how long a rank waits for the others", resumable=True)
     tracker: str | None = flag(
         None, "where to send the metrics as well, by the package of that name", TRACKERS, resumable=True
@@ -119,9 +117,7 @@ class VLMTrainingFlags(TrainingFlags):
     vision_model_path: str | None = optional_flag(
         "folder of the frozen image encoder" + FOLLOWS.format(DEFAULT_ENCODER)
     )
-    cache_features: str | None = optional_flag(
-        "folder for the encoder's outputs: encode each image only once", resumable=True
-    )
+    cache_features: str | None = optional_flag("folder for encoder outputs: encode each image once", True)
     cache_dtype: str = flag(
         "float16", "precision in --cache_features; int8, scaled for each token, halves the disk", CACHE_DTYPES
     )

@@ -158,12 +158,8 @@ def evaluate(
     loss, tokens, skipped = runtime.sum(loss, tokens, skipped)
     if not tokens and not stop_code and runtime.is_main:
         log.warning("warning: none of %d rows counts: eval_loss is null", len(samples))
-    figures = {
-        "eval_loss": loss / tokens if tokens else math.nan,
-        "eval_tokens": int(tokens),
-        "eval_skipped_rows": int(skipped),
-    }
-    return figures, stop_code
+    mean = loss / tokens if tokens else math.nan
+    return {"eval_loss": mean, "eval_tokens": int(tokens), "eval_skipped_rows": int(skipped)}, stop_code
 
 
 def learning_rate(step: int, total_steps: int, flags: TrainingFlags) -> float:
