@@ -3,8 +3,9 @@
 Shapes: P tokens per image, W the encoder's width, N new tokens, I images, H and W also a picture's size.
 """
 
+import ctypes
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,7 +25,7 @@ from model.processing_vlm import IMAGE_MARKER, MiniMindVLMProcessor
 
 MAX_IMAGES = 8  # of a conversation
 MAX_TOKENS = 4096  # of a conversation with its next answer: beyond what any stage trains on
-MAX_MEGAPIXELS = 48  # of one question's pictures together, as decoded: others wait for it
+MAX_MEGAPIXELS = 40  # of one question's pictures together, as decoded: others wait for it
 SHOWN_PIXELS = 384  # shorter side of the pictures beside the chat
 
 
@@ -89,6 +90,7 @@ class Conversation:
         sampling.max_new_tokens = min(sampling.max_new_tokens, limit - length)
 
         pixel_values = [_preprocess(processor, path) for path in files]  # (1, 3, H, W) each
+        return_freed_memory()
         features = [
             model.get_image_embeddings(values.to(model.device), model.vision_encoder)[0]
             for values in pixel_values
@@ -161,6 +163,12 @@ def _megapixels(path: str, image_size: int | None) -> float:
 def _preprocess(processor: MiniMindVLMProcessor, path: str) -> torch.Tensor:
     with _readable(path):
         return processor.pixel_values([open_image(path, "upload", processor.image_size)])  # (1, 3, H, W)
+
+
+def return_freed_memory() -> None:
+    """To the system: glibc keeps 300 MB of what large pictures took. Does nothing where libc is another."""
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def what_the_encoder_sees(processor: MiniMindVLMProcessor, pixel_values: torch.Tensor) -> Image.Image:
