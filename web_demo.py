@@ -61,7 +61,6 @@ def main() -> int:
     weight = str(find_weight(flags.weight or default_weight()))
     check_port(flags.host, flags.port)
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS
-    private = OUT_DIR, Path(".git"), Path(weight), *Path(SHIPPED_PICTURES).parent.glob("*.*")
     with runtime(flags.device, seed=int(time.time())) as run, own_temporary_folder():
         model_flags = flags.vision_model_path, flags.tokenizer_path, flags.heads()
         demo = Demo(weight, run.device, flags.dtype, *model_flags)
@@ -82,7 +81,7 @@ def main() -> int:
                 footer_links=["settings"],
                 run_history=False,
                 ssr_mode=False,
-                blocked_paths=[str(path.absolute()) for path in private],  # even if an event named them
+                blocked_paths=private_paths(weight),
                 app_kwargs={"middleware": [Middleware(NoRelay)]},
                 prevent_thread_lock=True,
                 quiet=True,
@@ -108,6 +107,13 @@ def own_temporary_folder() -> Iterator[None]:
     with tempfile.TemporaryDirectory(prefix="minimind-v-", dir=parent, ignore_cleanup_errors=True) as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         yield
+
+
+def private_paths(weight: str) -> list[str]:
+    """What is not served even if an event returned it; uploads may lie in none of it."""
+    private = OUT_DIR, Path(".git"), Path(weight), *Path(SHIPPED_PICTURES).parent.glob("*.*")
+    uploads = Path(os.environ["GRADIO_TEMP_DIR"]).resolve()
+    return [str(path.absolute()) for path in private if not uploads.is_relative_to(path.resolve())]
 
 
 class NoRelay:

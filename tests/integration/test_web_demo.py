@@ -32,6 +32,7 @@ from common.setup import build_vlm
 from common.weights import half_state, save_weights
 from inference.web.events import Demo, find_models
 from inference.web.page import EXAMPLES, build_page
+from web_demo import private_paths
 
 sys.path.insert(0, str(ROOT / "scripts/bench"))
 from screenshot_web_demo import find_browser
@@ -414,7 +415,8 @@ def file_at(path: str, **more) -> dict:
     return {"path": path, "orig_name": "x.png", "meta": {"_type": "gradio.FileData"}, **more}
 
 
-SHIPPED = file_at("dataset/eval_images/photo_cat.jpg")
+EXAMPLE = "dataset/eval_images/photo_cat.jpg"
+SHIPPED = file_at(EXAMPLE)
 FORGED = {
     "an example's file": chosen,
     "an example's upload": lambda path: chosen(file_at(path)),
@@ -498,6 +500,16 @@ def test_examples_outlive_old_uploads(weight, monkeypatch):
     assert len(files) == len(EXAMPLES)
     delete_files_created_by_app(page, age=0)
     assert all(path.is_file() for path in files)
+
+
+@pytest.mark.parametrize(("uploads", "private"), [("/tmp/x", True), ("out/tmp", False)])
+def test_models_and_data_are_not_served_unless_uploads_lie_among_them(uploads, private, site, monkeypatch):
+    monkeypatch.chdir(site)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", uploads)
+    blocked = private_paths("elsewhere/sft.pth")
+    assert (str(site / "out") in blocked) == private
+    assert {str(site / ".git"), str(site / "elsewhere/sft.pth")} <= set(blocked)
+    assert not any((site / EXAMPLE).is_relative_to(path) for path in blocked)
 
 
 def test_a_model_that_is_trained_anew_is_loaded_anew(site, tmp_path):
