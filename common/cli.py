@@ -111,6 +111,7 @@ def make_parser(flags: type, **settings: Any) -> argparse.ArgumentParser:
 def run_main(main: Callable[[], int | None]) -> None:
     """Runs an entry point and ends the process with its exit code; a user's mistake is one line on stderr."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
+    logging.getLogger().handlers[0].addFilter(without_controls)
     for noisy in ("httpx", "httpx2", "datasets"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
@@ -128,6 +129,11 @@ def run_main(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         code = 130
     sys.exit(code)
+
+
+def without_controls(record: logging.LogRecord) -> bool:
+    record.msg, record.args = record.getMessage().translate(CONTROLS), ()
+    return True
 
 
 def write_stdout(text: str) -> None:

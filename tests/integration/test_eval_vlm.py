@@ -160,6 +160,14 @@ def test_names_and_questions_send_no_commands_to_the_terminal(world, weight, tmp
     assert not any(char in out for char in "\x1b\x9b")
 
 
+def test_what_is_logged_sends_no_commands_to_the_terminal(world, weight, tmp_path, run):
+    for suffix in (".pth", ".json"):
+        (tmp_path / f"\x1b[2J{suffix}").write_bytes(weight.with_suffix(suffix).read_bytes())
+    asked = ["--image", world / "images/red.png", "--max_new_tokens", 1]
+    result = run("eval_vlm.py", "--weight", tmp_path / "\x1b[2J.pth", *asked)
+    assert f"{tmp_path}/[2J.pth on " in result.stderr and "\x1b" not in result.stderr
+
+
 @pytest.mark.parametrize("buffered", [True, False], ids=["buffered", "PYTHONUNBUFFERED"])
 @pytest.mark.parametrize("stream", [[], ["--stream"]], ids=["whole", "streaming"])
 def test_a_reader_that_has_gone_ends_it_quietly(stream, buffered, world, weight, monkeypatch, capsys):
