@@ -104,11 +104,10 @@ def _check_pictures(rows: Dataset, images_root: str) -> None:
     column = rows.data.table.column("images")
     images = pc.list_flatten(column)
     names, gone = images.unique(), []
-    missing = partial(_missing, images_root=images_root)
     with ThreadPool(STAT_THREADS) as pool:
         for start in tqdm(range(0, len(names), STAT_NAMES), "looking for pictures", leave=False, delay=2):
             part = names.slice(start, STAT_NAMES).to_pylist()
-            gone += itertools.compress(part, pool.map(missing, part))
+            gone += itertools.compress(part, pool.map(partial(_missing, images_root=images_root), part))
     if gone:
         first = pc.index(pc.is_in(images, pa.array(gone, images.type)), True).as_py()
         where = rows[pc.list_parent_indices(column)[first].as_py()]["where"]

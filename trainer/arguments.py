@@ -65,9 +65,7 @@ class TrainingFlags(DeviceFlags):
     save_interval: int = flag(1000, "optimizer steps between two saves of weights and state", resumable=True)
     keep_checkpoints: int = flag(2, "how many of the newest training states stay on the disk", resumable=True)
     resume: str = flag(
-        "auto",
-        "auto: continue an unfinished run; never: start over; or a checkpoint's folder",
-        resumable=True,
+        "auto", "auto: continue an unfinished run; never: start over; or a checkpoint folder", resumable=True
     )
     resume_override: bool = flag(
         False, "go on even though flags that decide what is learnt have changed", resumable=True

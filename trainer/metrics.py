@@ -49,7 +49,6 @@ class Metrics:
         self.run_dir, self.runtime, self.tracker = run_dir, runtime, tracker
         self.bad_samples, self.bad_batches = run_dir / "bad_samples.jsonl", run_dir / "bad_batches.jsonl"
         with runtime.together(), user_errors(f"--out_dir: cannot write {run_dir}"):
-            run_dir.mkdir(parents=True, exist_ok=True)
             if runtime.is_main:
                 for path in (run_dir / "metrics.jsonl", self.bad_samples, self.bad_batches):
                     keep_steps(path, resumed_step)

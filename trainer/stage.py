@@ -53,8 +53,6 @@ def run_stage(flags: TrainingFlags, stage: str, bases: tuple[str, ...]) -> int:
     flags = follow(flags, named, base)
     path = out_dir / weight_name(stage, flags.hidden_size, flags.use_moe)
     run_dir = out_dir / "runs" / path.stem
-    with user_errors(f"--out_dir {flags.out_dir}: cannot be written"):
-        out_dir.mkdir(parents=True, exist_ok=True)
     with runtime(flags.device, flags.seed) as run, run_lock(run_dir, run):
         if not run.is_main:
             logging.disable(logging.WARNING)

@@ -172,7 +172,7 @@ def run_lock(run_dir: Path, run: Runtime) -> Iterator[None]:
     """One run at a time in `run_dir`: UserError that names the process of another one. The lock is gone with
     the main process that holds it, however that ends."""
     with contextlib.ExitStack() as held:
-        with run.together(), user_errors(f"--out_dir: cannot write {run_dir}"):
+        with run.together(), user_errors(f"--out_dir {run_dir.parents[1]}: cannot be written"):
             if run.is_main:
                 run_dir.mkdir(parents=True, exist_ok=True)
                 file = held.enter_context(run_dir.with_name(f".{run_dir.name}.lock").open("a+"))

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common.cli import UserError, user_errors
+from common.cli import UserError
 from common.distributed import Runtime
 from trainer.arguments import TrainingFlags
 
@@ -57,8 +57,6 @@ def open_tracker(
     with runtime.together():
         if not runtime.is_main:
             return None
-        with user_errors(f"--out_dir: cannot write {run_dir}"):
-            run_dir.mkdir(parents=True, exist_ok=True)
         try:
             opener = open_tensorboard if flags.tracker == "tensorboard" else open_online
             log_figures, finish = opener(flags, name, run_dir.resolve(), run_id, resumed_step)

@@ -57,6 +57,7 @@ def learn(data: Path, out: Path, processor, flags: dict, config: dict, stop_at: 
         samples.features.check_complete()
     settings = {"data_path": ["x"], "num_workers": 0, "batch_size": 2, "epochs": 9, "max_steps": STEPS}
     settings |= {"dtype": "float32", "learning_rate": 1e-2, "log_interval": 2, "eval_interval": 3} | flags
+    out.mkdir(exist_ok=True)
     checkpoints = Checkpoints(out / "checkpoints", 2, True, ABOUT, lambda state, step: None)
     newest = newest_intact(checkpoints.folder)
     metrics = StoppingMetrics(out, STEPS, run, "", resumed_step=newest.about["step"] if newest else 0)
