@@ -179,8 +179,7 @@ class MiniMindVLMProcessor(ProcessorMixin):
     def _expand(self, messages: Sequence[dict], num_images: int | None) -> list[dict[str, str]]:
         """Messages with plain string contents, `<image>` of user turns replaced by placeholders; it is text
         where there are no images. `num_images` None: as many as image parts, and each `<image>` stays."""
-        parts = [part for m in messages if isinstance(m.get("content"), list) for part in m["content"]]
-        inside, marked = sum(part.get("type") == "image" for part in parts), num_images is None
+        inside, marked = len(_image_parts(messages)), num_images is None
         num_images = inside if marked else num_images
         pictured = num_images > 0 or inside > 0
         turns = [{"role": m["role"], "content": _as_text(m.get("content"))} for m in messages]
@@ -225,7 +224,8 @@ class MiniMindVLMProcessor(ProcessorMixin):
         free = (char for char in map(chr, range(0xE000, 0x110000)) if not any(char in text for text in texts))
         answer, literal = next(free), next(free)
         if sanitize_control_tokens:
-            texts = [control_tokens(tokenizer).sub(rf"{literal}\g<0>{literal}", text) for text in texts]
+            control = control_tokens(tokenizer)
+            texts = [control.sub(rf"{literal}\g<0>{literal}", text) for text in texts]
         marked = [
             {"role": turn["role"], "content": f"{answer}{i}{answer}" if turn["role"] == "assistant" else text}
             for i, (turn, text) in enumerate(zip(messages, texts, strict=True))
@@ -255,9 +255,8 @@ class MiniMindVLMProcessor(ProcessorMixin):
 
     @staticmethod
     def _pictures_inside(messages: Sequence[dict]) -> list:
-        parts = [p for m in messages if isinstance(m.get("content"), list) for p in m["content"]]
         keys = ("image", "url", "path", "base64")
-        return [part[key] for part in parts if part.get("type") == "image" for key in keys if key in part]
+        return [part[key] for part in _image_parts(messages) for key in keys if key in part]
 
     @staticmethod
     def _share_out(texts: list[str], images: Any) -> list[list]:
@@ -288,6 +287,11 @@ def image_slots(flat: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     slots = flat.new_zeros(len(counts), int(counts.max()), *flat.shape[1:])
     slots[torch.arange(slots.shape[1]) < counts[:, None]] = flat
     return slots
+
+
+def _image_parts(messages: Sequence[dict]) -> list[dict]:
+    parts = [part for m in messages if isinstance(m.get("content"), list) for part in m["content"]]
+    return [part for part in parts if part.get("type") == "image"]
 
 
 def _as_text(content: str | list[dict] | None) -> str:
