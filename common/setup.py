@@ -7,12 +7,12 @@ from typing import Any
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from common.cli import user_errors
+from common.cli import UserError, user_errors
 from common.tokenizer import check_tokenizer
 from common.weights import SIZES, Sidecar, check_sizes, load_weights_file, read_sidecar, warn_of_heads
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.model_vlm import MiniMindVLM, VLMConfig, load_weights
-from model.processing_vlm import PLACEHOLDER, MiniMindVLMProcessor
+from model.processing_vlm import MiniMindVLMProcessor
 
 log = logging.getLogger(__name__)
 transformers.logging.disable_progress_bar()  # weights are there in a blink
@@ -24,10 +24,14 @@ def build_vlm(
     config: dict[str, Any], vision_model_path: str, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[MiniMindVLM, MiniMindVLMProcessor]:
     """A model with fresh weights and the encoder of `vision_model_path`, and its processor."""
-    with user_errors():
-        image_ids = [tokenizer.convert_tokens_to_ids(PLACEHOLDER)]  # the encoder sets how many
-        parts = config | special_ids(tokenizer) | {"image_ids": image_ids}
-        model = MiniMindVLM(VLMConfig(**parts), vision_model_path)
+    text = MiniMindVLMProcessor(None, tokenizer)
+    trained = (config.get("image_special_token") or "")[: len(text.placeholder)]
+    if trained and trained != text.placeholder:
+        found = f"the tokenizer {tokenizer.name_or_path} has {text.placeholder}"
+        raise UserError(f"the model takes {trained}... for an image, {found}: they are of different releases")
+    image = {"image_ids": [text.placeholder_id], "image_special_token": text.placeholder}
+    with user_errors():  # the encoder sets how many
+        model = MiniMindVLM(VLMConfig(**config | special_ids(tokenizer) | image), vision_model_path)
     tokens = len(model.config.image_ids)
     return model, MiniMindVLMProcessor(model.processor, tokenizer, tokens_per_image=tokens)
 

@@ -5,6 +5,7 @@ The sidecar says what the tensors cannot: head counts, tokenizer, encoder, stage
 
 import json
 import logging
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -130,6 +131,8 @@ def config_from_shapes(state: dict[str, torch.Tensor], path: Path) -> dict[str, 
 
     Head counts are not in the shapes; the config's defaults are the published ones.
     """
+    if "model.layers.0.self_attn.q_norm.weight" in state:
+        return _release_3_from_shapes(state, path)
     layers, shared = (
         {match[1] for key in state if (match := re.match(rf"model\.layers\.{inner}(\d+)\.", key))}
         for inner in ("", r"0\.mlp\.shared_experts\.")
@@ -151,6 +154,75 @@ def config_from_shapes(state: dict[str, torch.Tensor], path: Path) -> dict[str, 
     except (KeyError, ValueError, IndexError) as error:
         raise UserError(f"{path}: not MiniMind weights ({type(error).__name__}: {error})") from None
     return config
+
+
+def _release_3_from_shapes(state: dict[str, torch.Tensor], path: Path) -> dict[str, Any]:
+    """As `config_from_shapes`, of weights with query norms, whose width tells the head counts. What no tensor
+    tells has the release's defaults."""
+    attention = "model.layers.0.self_attn"
+    gate = state.get("model.layers.0.mlp.gate.weight")  # of a mixture
+    mlp = "model.layers.0.mlp" if gate is None else "model.layers.0.mlp.experts.0"
+    projector = state.get("vision_proj.mlp.0.weight")
+    if projector is not None and projector.dim() != 1:
+        found = f"vision_proj.mlp.0.weight has shape {tuple(projector.shape)}, a norm's is expected"
+        raise UserError(f"{path}: the format of a few days in April 2026 ({found})")
+    try:
+        vocab_size, hidden_size = state["model.embed_tokens.weight"].shape
+        head_dim = len(state[f"{attention}.q_norm.weight"])
+        queries, keys = (len(state[f"{attention}.{name}_proj.weight"]) // head_dim for name in "qk")
+        width = len(state[f"{mlp}.gate_proj.weight"])
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path}: not MiniMind weights ({type(error).__name__}: {error})") from None
+    layers = {match[1] for key in state if (match := re.match(r"model\.layers\.(\d+)\.", key))}
+    found = {"vocab_size": vocab_size, "hidden_size": hidden_size, "num_hidden_layers": len(layers)}
+    found |= {"num_attention_heads": queries, "num_key_value_heads": keys, "head_dim": head_dim}
+    if gate is None:
+        return translated(found | {"intermediate_size": width})
+    return translated(found | {"use_moe": True, "num_experts": len(gate), "moe_intermediate_size": width})
+
+
+def translated(config: dict[str, Any]) -> dict[str, Any]:
+    """Fields of VLMConfig for a config of release 3 in its own names, `config.json` or arguments; what is not
+    there has the release's default (golden numbers and facts: tests/golden/v3/README.md)."""
+    defaults = {
+        "hidden_size": 768,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+    }
+    defaults |= {"vocab_size": 6400, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "use_moe": False}
+    config = defaults | config
+    intermediate_size = 64 * math.ceil(config["hidden_size"] * math.pi / 64)
+    chosen, tokens = config.get("num_experts_per_tok", 1), config.get("image_token_len", 64)
+    yarn = {"rope_type": "yarn", "factor": 16, "original_max_position_embeddings": 2048}
+    yarn |= {"beta_fast": 32, "beta_slow": 1, "attention_factor": 1.0}
+    kept = [
+        *defaults,
+        "head_dim",
+        "moe_intermediate_size",
+        "max_position_embeddings",
+        "dropout",
+        "hidden_act",
+    ]
+    kept += ["norm_topk_prob", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"]
+    return (
+        {name: config[name] for name in kept if config.get(name) is not None}
+        | {
+            "intermediate_size": config.get("intermediate_size") or intermediate_size,
+            "qk_norm": True,
+            "projector": "mlp",
+            "n_routed_experts": config.get("num_experts", 4),
+            "n_shared_experts": 0,
+            "num_experts_per_tok": chosen,
+            "norm_top1_prob": True,
+            "seq_aux": False,
+            "aux_loss_alpha": config.get("router_aux_loss_coef", 5e-4)
+            * chosen,  # their statistic is k times ours
+            "rope_scaling": yarn if config.get("inference_rope_scaling") else None,
+            "image_ids": (config.get("image_ids") or [12])[:1] * tokens,
+            "image_special_token": "<|image_pad|>" * tokens,
+        }
+    )
 
 
 def check_sizes(sidecar: Sidecar, wanted: dict[str, Any], path: Path) -> None:

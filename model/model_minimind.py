@@ -23,6 +23,9 @@ from transformers.utils import ModelOutput
 from transformers.utils.output_capturing import capture_outputs
 
 LOSS_CHUNK = 4096  # supervised positions whose logits are held at once
+YARN = {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor"}
+RELEASE_3_NAMES = {"num_experts", "router_aux_loss_coef", "inference_rope_scaling"}
+RELEASE_3_NAMES |= {"image_hidden_size", "image_token_len"}
 
 
 class MiniMindConfig(PreTrainedConfig):
@@ -54,17 +57,37 @@ class MiniMindConfig(PreTrainedConfig):
     aux_loss_alpha: float = 0.1
     seq_aux: bool = True
     norm_topk_prob: bool = True
+    head_dim: int | None = None
+    qk_norm: bool = False
+    moe_intermediate_size: int | None = None
+    norm_top1_prob: bool = False  # norm_topk_prob holds for a single chosen expert as well
+    rope_scaling: dict | None = None  # YaRN, with all keys of YARN
 
     def __post_init__(self, **kwargs):
+        if named := sorted(RELEASE_3_NAMES & kwargs.keys()):
+            raise ValueError(
+                f"{', '.join(named)}: names of release 3, which common/weights.py translates into ours"
+            )
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.intermediate_size is None:
             self.intermediate_size = 64 * math.ceil(int(self.hidden_size * 8 / 3) / 64)
+        if self.moe_intermediate_size is None:
+            self.moe_intermediate_size = self.intermediate_size
         super().__post_init__(**kwargs)
-        if self.hidden_size % (2 * self.num_attention_heads):
+        if self.head_dim is None and self.hidden_size % (2 * self.num_attention_heads):
             raise ValueError(
                 f"hidden_size {self.hidden_size} must be a multiple of twice num_attention_heads "
                 f"{self.num_attention_heads}: heads are equal and RoPE rotates halves"
+            )
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} must be even: RoPE rotates halves")
+        scaling = self.rope_scaling
+        if scaling and (scaling.get("rope_type", scaling.get("type")) != "yarn" or YARN - scaling.keys()):
+            raise ValueError(
+                f"rope_scaling is {scaling}, expected rope_type 'yarn' with {', '.join(sorted(YARN))}"
             )
         if self.num_attention_heads % self.num_key_value_heads:
             heads = f"num_attention_heads {self.num_attention_heads}"
@@ -266,7 +289,7 @@ class MiniMindBlock(GradientCheckpointingLayer):
         self.self_attn = Attention(config, layer_index)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MoE(config) if config.use_moe else FeedForward(config)
+        self.mlp = MoE(config) if config.use_moe else FeedForward(config, config.intermediate_size)
 
     def forward(
         self,
@@ -294,13 +317,19 @@ class Attention(nn.Module):
     def __init__(self, config: MiniMindConfig, layer_index: int):
         super().__init__()
         self.layer_index = layer_index
-        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.head_dim = config.head_dim
         self.groups = config.num_attention_heads // config.num_key_value_heads
-        kv_size = config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        q_size, kv_size = (
+            n * self.head_dim for n in (config.num_attention_heads, config.num_key_value_heads)
+        )
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.qk_norm = config.qk_norm
         self.dropout = config.dropout
         self.resid_dropout = nn.Dropout(config.dropout)
 
@@ -313,10 +342,12 @@ class Attention(nn.Module):
         output_attentions: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(B, T, C) -> the same, and the attention weights (B, H, T, S) where they are asked for."""
-        B, T, C = hidden.shape
+        B, T, _ = hidden.shape
         query = self.q_proj(hidden).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
         key = self.k_proj(hidden).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
         value = self.v_proj(hidden).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
+        if self.qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
         query, key = rotate(query, *rope), rotate(key, *rope)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_index)  # (B, K, S, D)
@@ -334,15 +365,15 @@ class Attention(nn.Module):
         if output_attentions:  # what values that are the identity give
             identity = torch.eye(key.shape[2]).to(key).expand(*key.shape[:2], -1, -1)  # (B, K, S, S)
             weights = attend(identity)  # (B, H, T, S)
-        return self.resid_dropout(self.o_proj(output.transpose(1, 2).reshape(B, T, C))), weights
+        return self.resid_dropout(self.o_proj(output.transpose(1, 2).reshape(B, T, -1))), weights
 
 
 class FeedForward(nn.Module):
-    def __init__(self, config: MiniMindConfig):
+    def __init__(self, config: MiniMindConfig, size: int):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, size, bias=False)
+        self.down_proj = nn.Linear(size, config.hidden_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, size, bias=False)
         self.activation = ACT2FN[config.hidden_act]
         self.dropout = nn.Dropout(config.dropout)
 
@@ -357,8 +388,9 @@ class MoE(nn.Module):
         super().__init__()
         self.config = config
         self.gate = nn.Linear(config.hidden_size, config.n_routed_experts, bias=False)
-        self.experts = nn.ModuleList(FeedForward(config) for _ in range(config.n_routed_experts))
-        self.shared_experts = nn.ModuleList(FeedForward(config) for _ in range(config.n_shared_experts))
+        size = config.moe_intermediate_size
+        self.experts = nn.ModuleList(FeedForward(config, size) for _ in range(config.n_routed_experts))
+        self.shared_experts = nn.ModuleList(FeedForward(config, size) for _ in range(config.n_shared_experts))
 
     def forward(
         self, hidden: torch.Tensor, sequences: torch.Tensor | None = None
@@ -367,7 +399,8 @@ class MoE(nn.Module):
         a row is one sequence. The second result is None outside training."""
         scores = self.gate(hidden).softmax(-1, dtype=torch.float32)  # (B, T, E)
         weights, choices = scores.topk(self.config.num_experts_per_tok, dim=-1, sorted=False)  # (B, T, k)
-        if self.config.num_experts_per_tok > 1 and self.config.norm_topk_prob:
+        is_normed = self.config.num_experts_per_tok > 1 or self.config.norm_top1_prob
+        if is_normed and self.config.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         flat = (states.flatten(0, 1) for states in (hidden, choices, weights))  # (N, ...)
         output = self._routed(*flat).view_as(hidden)
@@ -473,11 +506,30 @@ class RMSNorm(nn.Module):
 
 def rope_tables(config: MiniMindConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines `(max_position_embeddings, D)` of Su et al. 2021, both halves alike."""
-    head_dim = config.hidden_size // config.num_attention_heads
-    inverse = 1.0 / config.rope_theta ** (torch.arange(0, head_dim, 2).float() / head_dim)  # (D / 2,)
+    inverse = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2).float() / config.head_dim)
+    yarn, magnitude = config.rope_scaling, 1.0
+    if yarn and config.max_position_embeddings > yarn["original_max_position_embeddings"]:
+        inverse, magnitude = yarn_frequencies(inverse, config), yarn["attention_factor"]  # (D / 2,)
     angles = torch.outer(torch.arange(config.max_position_embeddings).float(), inverse)  # (positions, D / 2)
     angles = torch.cat((angles, angles), dim=-1)  # (positions, D)
-    return angles.cos(), angles.sin()
+    return angles.cos() * magnitude, angles.sin() * magnitude
+
+
+def yarn_frequencies(inverse: torch.Tensor, config: MiniMindConfig) -> torch.Tensor:
+    """YaRN (Peng et al. 2023): frequencies (D / 2,) that turn `beta_fast` times or more within the original
+    length stay, those that turn `beta_slow` times or less are divided by `factor`, with a ramp between."""
+    yarn, pairs = config.rope_scaling, len(inverse)
+
+    def pair(turns: float) -> float:
+        length = yarn["original_max_position_embeddings"] / (2 * math.pi * turns)
+        return pairs * math.log(length) / math.log(config.rope_theta)
+
+    low, high = (
+        max(math.floor(pair(yarn["beta_fast"])), 0),
+        min(math.ceil(pair(yarn["beta_slow"])), pairs - 1),
+    )
+    ramp = ((torch.arange(pairs) - low) / max(high - low, 0.001)).clamp(0, 1)  # (D / 2,)
+    return inverse * (1 - ramp + ramp / yarn["factor"])
 
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -38,9 +38,12 @@ class VLMConfig(MiniMindConfig):
     image_special_token: str | None = None
     image_ids: list[int] | None = None
     vision_config: dict | PreTrainedConfig | None = None
+    projector: str = "linear"
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
+        if self.projector not in PROJECTORS:
+            raise ValueError(f"projector is {self.projector!r}, expected one of {', '.join(PROJECTORS)}")
         if self.image_ids is None:
             self.image_ids = [34] * (patch_count(self.vision_config) if self.vision_config else 196)
         self.image_special_token = self.image_special_token or "@" * len(self.image_ids)
@@ -59,6 +62,21 @@ class VisionProj(nn.Module):
         return self.vision_proj(features)  # (..., W) -> (..., C)
 
 
+class MLPProj(nn.Module):
+    """A norm and two linear layers, as release 3 has them."""
+
+    def __init__(self, vision_size: int = 768, hidden_size: int = 768):
+        super().__init__()
+        first, second = nn.Linear(vision_size, hidden_size), nn.Linear(hidden_size, hidden_size)
+        self.mlp = nn.Sequential(nn.LayerNorm(vision_size), first, nn.GELU(), second)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.mlp(features)  # (..., W) -> (..., C)
+
+
+PROJECTORS = {"linear": VisionProj, "mlp": MLPProj}
+
+
 class MiniMindVLM(MiniMindForCausalLM):
     config_class = VLMConfig
 
@@ -74,9 +92,10 @@ class MiniMindVLM(MiniMindForCausalLM):
             vision_size = vision_config.hidden_size
             if self.processor is not None:  # it decides how large a picture is, and the config need not know
                 tokens = patch_count(vision_config, _blank_pixels(self.processor))
-                self.config.image_ids = self.config.image_ids[:1] * tokens
-                self.config.image_special_token = self.config.image_special_token[:1] * tokens
-        self.vision_proj = VisionProj(vision_size, self.config.hidden_size)
+                token, ids = self.config.image_special_token, self.config.image_ids
+                self.config.image_special_token = token[: len(token) // len(ids)] * tokens
+                self.config.image_ids = ids[:1] * tokens
+        self.vision_proj = PROJECTORS[self.config.projector](vision_size, self.config.hidden_size)
         self.post_init()
         self.train(self.training)
 
@@ -249,11 +268,11 @@ class MiniMindVLM(MiniMindForCausalLM):
     ) -> torch.Tensor:
         """`embedded` (B, T, C) with projected features (images, P, W) in place of the placeholder runs."""
         slots = self._image_positions(input_ids, image_counts)  # (B, T), bool
-        weight = self.vision_proj.vision_proj[0].weight
-        if features.shape[1:] != (len(self.config.image_ids), weight.shape[1]):
+        weight = next(self.vision_proj.parameters())  # (C, W), or a norm's (W,)
+        if features.shape[1:] != (len(self.config.image_ids), weight.shape[-1]):
             raise ValueError(
                 f"image features have shape {tuple(features.shape[1:])}, "
-                f"expected ({len(self.config.image_ids)}, {weight.shape[1]})"
+                f"expected ({len(self.config.image_ids)}, {weight.shape[-1]})"
             )
         projected = self.vision_proj(features.to(weight.dtype)).to(embedded.dtype)  # (images, P, C)
         # Not in place: dropout and embedding need their outputs in the backward pass.

@@ -19,7 +19,7 @@ from transformers.processing_utils import ProcessorMixin
 from .pictures import to_rgb
 
 IMAGE_MARKER = "<image>"
-PLACEHOLDER = "@"
+PLACEHOLDERS = ("<|image_pad|>", "@")  # of release 3 and of release 2, whichever the tokenizer has
 IGNORE_INDEX = -100
 ROLES = ("system", "user", "assistant")
 # Values of the library's options that mean what happens anyway.
@@ -52,8 +52,13 @@ class MiniMindVLMProcessor(ProcessorMixin):
         return ["input_ids", "attention_mask", "pixel_values", "image_counts"]
 
     @property
+    def placeholder(self) -> str:
+        """The token that stands, `tokens_per_image` times, for an image."""
+        return PLACEHOLDERS[PLACEHOLDERS[0] not in self.tokenizer.added_tokens_encoder]
+
+    @property
     def placeholder_id(self) -> int:
-        return self.tokenizer.convert_tokens_to_ids(PLACEHOLDER)
+        return self.tokenizer.convert_tokens_to_ids(self.placeholder)
 
     @property
     def image_size(self) -> int | None:
@@ -77,7 +82,7 @@ class MiniMindVLMProcessor(ProcessorMixin):
     def encode_text(self, text: str) -> list[int]:
         """Token ids of plain text between a turn's control tokens; ValueError if it looks like an image."""
         text = self._with_placeholders(text, expand=False)
-        ids = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        ids = self.tokenizer._encode_without_added_tokens(text)
         return [self.tokenizer.bos_token_id, *ids, self.tokenizer.eos_token_id]
 
     def encode_prompt(self, messages: Sequence[dict], num_images: int = 0) -> list[int]:
@@ -204,15 +209,15 @@ class MiniMindVLMProcessor(ProcessorMixin):
         return turns
 
     def _with_placeholders(self, text: str, expand: bool = True) -> str:
-        """Replaces each `<image>` by P placeholders and keeps the text's own `@` apart from them."""
-        pieces = text.split(IMAGE_MARKER) if expand else [text]
-        run = PLACEHOLDER * self.tokens_per_image
+        """Replaces each `<image>` by P placeholders and keeps the text's own ones apart from them."""
+        pieces, token = text.split(IMAGE_MARKER) if expand else [text], self.placeholder
+        run = token * self.tokens_per_image
         if any(run in piece for piece in pieces):
-            raise ValueError(f"the text has {len(run)} {PLACEHOLDER!r} in a row: that means an image")
+            raise ValueError(f"the text has {self.tokens_per_image} {token!r} in a row: that means an image")
         result = pieces[0]
         for left, right in itertools.pairwise(pieces):
-            result += "\n" if left.endswith(PLACEHOLDER) else ""
-            result += run + ("\n" if right.startswith(PLACEHOLDER) else "") + right
+            result += "\n" if left.endswith(token) else ""
+            result += run + ("\n" if right.startswith(token) else "") + right
         return result
 
     def _encode(
@@ -224,8 +229,11 @@ class MiniMindVLMProcessor(ProcessorMixin):
         free = (char for char in map(chr, range(0xE000, 0x110000)) if not any(char in text for text in texts))
         answer, literal = next(free), next(free)
         if sanitize_control_tokens:
-            control = control_tokens(tokenizer)
-            texts = [control.sub(rf"{literal}\g<0>{literal}", text) for text in texts]
+            images = (
+                rf"((?:{re.escape(self.placeholder)}){{{self.tokens_per_image}}})"  # a text has shorter runs
+            )
+            quoted = re.compile(f"{images}|({control_tokens(tokenizer).pattern})")
+            texts = [quoted.sub(lambda m: m[1] or f"{literal}{m[2]}{literal}", text) for text in texts]
         marked = [
             {"role": turn["role"], "content": f"{answer}{i}{answer}" if turn["role"] == "assistant" else text}
             for i, (turn, text) in enumerate(zip(messages, texts, strict=True))

@@ -18,10 +18,12 @@ from common.weights import (
     half_state,
     load_weights_file,
     save_weights,
+    translated,
     weight_name,
     write_file,
 )
 from inference.trained import find_weight, load_vlm
+from model.model_minimind import MiniMindForCausalLM
 from model.model_vlm import MiniMindVLM, VLMConfig
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -87,6 +89,51 @@ def test_sizes_of_a_bare_file_are_read_off_its_tensors(name):
     found = config_from_shapes(state, path)
     wanted = VLMConfig(**golden)
     assert {k: getattr(wanted, k) for k in found} == found
+
+
+RELEASE_3 = "dense3 dense3_headdim moe3 moe3_top2 moe3_top2_raw"
+
+
+@pytest.mark.parametrize("name", RELEASE_3.split())
+def test_sizes_of_release_3_are_read_off_its_tensors_head_counts_too(name):
+    path = ROOT / f"tests/golden/v3/{name}.pth"
+    golden = torch.load(ROOT / f"tests/golden/v3/{name}_golden.pt", weights_only=True)["config"]
+    found = VLMConfig(**config_from_shapes(torch.load(path, weights_only=True), path))
+    wanted = VLMConfig(**translated(golden))
+    told = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim vocab_size qk_norm"
+    told += " use_moe n_routed_experts n_shared_experts projector rms_norm_eps norm_top1_prob"
+    told += " moe_intermediate_size" if golden.get("use_moe") else " intermediate_size"
+    assert {k: getattr(found, k) for k in told.split()} == {k: getattr(wanted, k) for k in told.split()}
+
+
+def test_the_format_of_a_few_days_in_2026_is_named():
+    state = torch.load(ROOT / "tests/golden/v3/dense3.pth", weights_only=True)
+    state["vision_proj.mlp.0.weight"] = torch.zeros(64, 48)
+    with pytest.raises(
+        UserError, match=r"^x.pth: the format of .* has shape \(64, 48\), a norm's is expected"
+    ):
+        config_from_shapes(state, Path("x.pth"))
+
+
+@pytest.mark.parametrize(
+    ("config", "model", "parameters"),
+    [
+        ({}, MiniMindVLM, 65_094_912),
+        ({"use_moe": True}, MiniMindVLM, 199_599_360),
+        ({}, MiniMindForCausalLM, 63_912_192),
+        ({"use_moe": True}, MiniMindForCausalLM, 198_416_640),
+    ],
+    ids=["dense", "moe", "dense_lm", "moe_lm"],
+)
+def test_release_3_has_the_published_numbers_of_parameters(config, model, parameters):
+    with torch.device("meta"):
+        found = model(VLMConfig(**translated(config)), *([None] if model is MiniMindVLM else []))
+    assert sum(weight.numel() for weight in found.parameters()) == parameters
+
+
+def test_weights_and_tokenizer_of_different_releases_are_refused(tokenizer):
+    with pytest.raises(UserError, match=r"takes <.* for an image, .* has @: they are of different releases"):
+        build_vlm(translated({}), str(TINY_ENCODER), tokenizer)
 
 
 def test_weights_of_another_size_are_refused(saved, tokenizer):

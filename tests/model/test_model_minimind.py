@@ -624,3 +624,33 @@ def test_save_and_load_keeps_weights_and_rope(lm, tmp_path):
     assert loaded.config.to_dict() == lm.config.to_dict() | {"_name_or_path": str(tmp_path)}
     (row,) = random_rows([9])
     torch.testing.assert_close(loaded(row[None]).logits, lm(row[None]).logits, atol=1e-5, rtol=0)
+
+
+YARN = {"rope_type": "yarn", "factor": 16, "original_max_position_embeddings": 2048}
+YARN |= {"beta_fast": 32, "beta_slow": 1, "attention_factor": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"num_experts": 8, "router_aux_loss_coef": 0.1},
+            "num_experts, router_aux_loss_coef: names of release 3",
+        ),
+        ({"head_dim": 7}, "head_dim 7 must be even"),
+        ({"rope_scaling": {**YARN, "rope_type": "linear"}}, "expected rope_type 'yarn' with"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 16}}, "expected rope_type 'yarn' with .*beta_fast"),
+    ],
+    ids=["names", "odd_head", "linear", "missing_keys"],
+)
+def test_a_config_that_would_mean_something_else_is_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        MiniMindConfig(**config)
+
+
+def test_rope_scaling_and_head_width_are_saved_and_read_back(tmp_path):
+    config = MiniMindConfig(rope_scaling=YARN, head_dim=24, qk_norm=True, moe_intermediate_size=96)
+    config.save_pretrained(tmp_path)
+    read = MiniMindConfig.from_pretrained(tmp_path)
+    assert read.rope_scaling == YARN and (read.head_dim, read.qk_norm) == (24, True)
+    assert read.moe_intermediate_size == 96

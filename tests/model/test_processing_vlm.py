@@ -3,6 +3,8 @@
 import base64
 import functools
 import io
+import json
+import os
 import re
 import threading
 from http.server import HTTPServer, SimpleHTTPRequestHandler
@@ -10,6 +12,7 @@ from http.server import HTTPServer, SimpleHTTPRequestHandler
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AddedToken, CLIPImageProcessorPil, PreTrainedTokenizerFast
@@ -482,3 +485,56 @@ def test_a_url_is_fetched_once(processor, tmp_path, monkeypatch):
         threading.Thread(target=server.handle_request, daemon=True).start()
         found = processor.pixel_values([f"http://127.0.0.1:{server.server_port}/a.png"])
     assert torch.equal(found, processor.pixel_values([COLOUR]))
+
+
+THINKING = """{%- for message in messages %}
+{{- '<|im_start|>' + message['role'] + '\\n' }}
+{%- if message['role'] == 'assistant' %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}
+{{- message['content'] + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n' }}{%- endif %}"""
+
+
+@pytest.mark.skipif("MINIMIND_3_TOKENIZER" not in os.environ, reason="needs the published tokenizer")
+def test_ids_and_labels_are_those_of_release_3():
+    folder = os.environ["MINIMIND_3_TOKENIZER"]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=f"{folder}/tokenizer.json",
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+    )
+    tokenizer.chat_template = THINKING
+    processor = MiniMindVLMProcessor(None, tokenizer, tokens_per_image=64)
+    cases = json.loads((ROOT / "tests/golden/v3/tokens3.json").read_text(encoding="utf-8"))
+    assert len(cases) == 6
+    for case in cases:
+        messages = case["conversation"]
+        images = sum(message["content"].count("<image>") for message in messages)
+        assert processor.encode_chat(messages, images) == (case["input_ids"], case["labels"])
+        assert processor.encode_prompt(messages[:-1], images) == case["prompt_ids"]
+
+
+def test_a_placeholder_that_is_a_token_of_its_own_is_text_where_a_user_types_it(tokenizer):
+    with_pad = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    )
+    with_pad.add_special_tokens(
+        {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    )
+    with_pad.add_tokens(["<|image_pad|>", "<think>", "</think>"])
+    with_pad.chat_template = THINKING
+    processor = MiniMindVLMProcessor(None, with_pad, tokens_per_image=4)
+    pad = with_pad.convert_tokens_to_ids("<|image_pad|>")
+    asked = "Is <|image_pad|> a <think>?\n<image><|image_pad|>"
+    ids, labels = processor.encode_chat(
+        [{"role": "user", "content": asked}, {"role": "assistant", "content": "  Yes."}], 1
+    )
+    assert processor.placeholder_id == pad and ids.count(pad) == 4
+    run = [pad] * 4
+    assert run in [ids[i : i + 4] for i in range(len(ids))]
+    assert ids.count(with_pad.convert_tokens_to_ids("<think>")) == 1  # the template's own
+    learnt = [label for label in labels if label != IGNORE_INDEX]
+    assert with_pad.decode(learnt) == "<think>\n\n</think>\n\n  Yes.<|im_end|>\n"
+    shown = with_pad.decode([token for token in ids if token != pad])
+    assert "Is <|image_pad|> a <think>?\n" in shown and "\n<|image_pad|><|im_end|>" in shown
