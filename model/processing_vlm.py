@@ -22,6 +22,7 @@ IMAGE_MARKER = "<image>"
 PLACEHOLDERS = ("<|image_pad|>", "@")  # of release 3 and of release 2, whichever the tokenizer has
 IGNORE_INDEX = -100
 ROLES = ("system", "user", "assistant")
+THINKING = re.compile(r"\s*<think>\n*(.*?)\n*</think>\n*(.*)", re.DOTALL)
 # Values of the library's options that mean what happens anyway.
 NO_CHANGE = {"padding": (True, "longest"), "truncation": (False,), "return_tensors": ("auto",)}
 NO_CHANGE |= {"add_special_tokens": (False,), "load_audio_from_video": (False,)}
@@ -81,7 +82,7 @@ class MiniMindVLMProcessor(ProcessorMixin):
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of plain text between a turn's control tokens; ValueError if it looks like an image."""
-        text = self._with_placeholders(text, expand=False)
+        text = self._with_placeholders([text])
         ids = self.tokenizer._encode_without_added_tokens(text)
         return [self.tokenizer.bos_token_id, *ids, self.tokenizer.eos_token_id]
 
@@ -152,7 +153,7 @@ class MiniMindVLMProcessor(ProcessorMixin):
         for row, (prompt, row_pictures) in enumerate(zip(texts, pictures, strict=True)):
             if (found := prompt.count(IMAGE_MARKER)) != (given := len(row_pictures)):
                 raise ValueError(f"text {row}: {found} {IMAGE_MARKER} markers, but {given} images")
-            spans = begins.split(self._with_placeholders(prompt))
+            spans = begins.split(self._with_placeholders(prompt.split(IMAGE_MARKER)))
             rows.append([i for span in spans for i in self.tokenizer.encode(span, add_special_tokens=False)])
         return self.batch(rows, pictures, **options)
 
@@ -205,13 +206,12 @@ class MiniMindVLMProcessor(ProcessorMixin):
             raise ValueError(f"{found} {IMAGE_MARKER} markers in the user's turns, but {num_images} images")
         for turn in [] if marked else turns:
             expand = pictured and turn["role"] == "user"
-            turn["content"] = self._with_placeholders(turn["content"], expand)
+            turn["pieces"] = turn["content"].split(IMAGE_MARKER) if expand else [turn["content"]]
         return turns
 
-    def _with_placeholders(self, text: str, expand: bool = True) -> str:
-        """Replaces each `<image>` by P placeholders and keeps the text's own ones apart from them."""
-        pieces, token = text.split(IMAGE_MARKER) if expand else [text], self.placeholder
-        run = token * self.tokens_per_image
+    def _with_placeholders(self, pieces: list[str]) -> str:
+        """Joins what stands around images by P placeholders each, and keeps the text's own ones apart."""
+        token, run = self.placeholder, self.placeholder * self.tokens_per_image
         if any(run in piece for piece in pieces):
             raise ValueError(f"the text has {self.tokens_per_image} {token!r} in a row: that means an image")
         result = pieces[0]
@@ -221,45 +221,51 @@ class MiniMindVLMProcessor(ProcessorMixin):
         return result
 
     def _encode(
-        self, messages: list[dict[str, str]], sanitize_control_tokens: bool = True, **options
+        self, messages: list[dict], sanitize_control_tokens: bool = True, **options
     ) -> tuple[list[int], list[int]]:
         """Token ids and labels. The template writes a mark where an answer goes; answers are tokenized apart,
         as first spaces would merge with the newline before. `literal` stands around control tokens."""
         tokenizer, texts = self.tokenizer, [turn["content"] for turn in messages]
         free = (char for char in map(chr, range(0xE000, 0x110000)) if not any(char in text for text in texts))
         answer, literal = next(free), next(free)
-        if sanitize_control_tokens:
-            images = (
-                rf"((?:{re.escape(self.placeholder)}){{{self.tokens_per_image}}})"  # a text has shorter runs
-            )
-            quoted = re.compile(f"{images}|({control_tokens(tokenizer).pattern})")
-            texts = [quoted.sub(lambda m: m[1] or f"{literal}{m[2]}{literal}", text) for text in texts]
-        marked = [
-            {"role": turn["role"], "content": f"{answer}{i}{answer}" if turn["role"] == "assistant" else text}
-            for i, (turn, text) in enumerate(zip(messages, texts, strict=True))
-        ]
+        quoted = rf"{literal}\g<0>{literal}" if sanitize_control_tokens else r"\g<0>"
+        control, marked, learnt = control_tokens(tokenizer), [], []
+        for turn in messages:
+            text = self._with_placeholders([control.sub(quoted, piece) for piece in turn["pieces"]])
+            if turn["role"] == "assistant":
+                text = ""
+                for begin, part, goes_on in self._answer(turn["content"]):
+                    text += f"{begin}{answer}{len(learnt)}{answer}"
+                    learnt.append((control.sub(quoted, part), goes_on))
+            marked.append({"role": turn["role"], "content": text})
         options["chat_template"] = options.get("chat_template") or self.chat_template
         rendered = tokenizer.apply_chat_template(marked, tokenize=False, **options)
         input_ids, labels = [], []
         encode = (partial(tokenizer.encode, add_special_tokens=False), tokenizer._encode_without_added_tokens)
-        for span, learnt in self._spans(rendered.split(answer), texts):
+        for span, is_learnt in self._spans(rendered.split(answer), learnt):
             for i, text in enumerate(span.split(literal)):
                 ids = encode[i % 2](text) if text else []
                 input_ids += ids
-                labels += ids if learnt else [IGNORE_INDEX] * len(ids)
+                labels += ids if is_learnt else [IGNORE_INDEX] * len(ids)
         return input_ids, labels
 
-    def _spans(self, pieces: list[str], texts: list[str]) -> Iterator[tuple[str, bool]]:
-        """Texts to be tokenized apart, and whether they are learnt. Every second piece is an answer's number
-        in `texts`."""
+    def _answer(self, text: str) -> list[tuple[str, str, bool]]:
+        """An assistant turn's parts, with what stands before each, and whether another follows: reasoning, if
+        the tokenizer knows it, and the answer."""
+        if "<think>" in self.tokenizer.added_tokens_encoder and (found := THINKING.fullmatch(text)):
+            return [("<think>\n", found[1], True), ("\n</think>\n\n", found[2], False)]
+        return [("", text, False)]
+
+    def _spans(self, pieces: list[str], learnt: list[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
+        """Texts to be tokenized apart, and whether they are learnt. Every second piece is the number of a
+        part in `learnt`."""
         header, end = re.escape(f"{self.tokenizer.bos_token}assistant\n"), re.escape(self.tokenizer.eos_token)
         around = re.compile(rf"((?:{end}\n?)?)(.*{header}|.*)(.*)", re.DOTALL)
-        for i, piece in enumerate(pieces):
-            if i % 2:
-                yield texts[int(piece)], True
-                continue
-            ended, between, begun = around.fullmatch(piece).groups()  # begun: a think block, say
-            yield from ((ended, i > 0), (between, False), (begun, i < len(pieces) - 1))
+        (part, goes_on), last = ("", False), len(pieces) - 1
+        for i in range(0, len(pieces), 2):
+            ended, between, begun = (pieces[i], "", "") if goes_on else around.fullmatch(pieces[i]).groups()
+            yield from ((part + ended, i > 0), (between, False), (begun, i < last))  # begun: a think block
+            part, goes_on = learnt[int(pieces[i + 1])] if i < last else ("", False)
 
     @staticmethod
     def _pictures_inside(messages: Sequence[dict]) -> list:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
+from release3 import make_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AddedToken, CLIPImageProcessorPil, PreTrainedTokenizerFast
 
@@ -487,54 +488,77 @@ def test_a_url_is_fetched_once(processor, tmp_path, monkeypatch):
     assert torch.equal(found, processor.pixel_values([COLOUR]))
 
 
-THINKING = """{%- for message in messages %}
-{{- '<|im_start|>' + message['role'] + '\\n' }}
-{%- if message['role'] == 'assistant' %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}
-{{- message['content'] + '<|im_end|>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n' }}{%- endif %}"""
+@pytest.fixture(scope="module")
+def processor3() -> MiniMindVLMProcessor:
+    return MiniMindVLMProcessor(None, make_tokenizer(), tokens_per_image=64)
+
+
+CASES_3 = json.loads((ROOT / "tests/golden/v3/tokens3.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("case", CASES_3, ids=range(len(CASES_3)))
+def test_text_and_labels_are_those_of_release_3(processor3, case):
+    messages, tokenizer = case["conversation"], processor3.tokenizer
+    images = sum(message["content"].count("<image>") for message in messages)
+    input_ids, labels = processor3.encode_chat(messages, images)
+    run = "<|image_pad|>" * 64
+    assert tokenizer.decode(input_ids).replace(run, "<64 x image_pad>") == case["text"]
+    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    learnt = tokenizer.decode([label for label in labels if label != IGNORE_INDEX])
+    assert learnt == "".join(f"<think>\n\n</think>\n\n{answer}<|im_end|>\n" for answer in answers)
+    prompt = tokenizer.decode(processor3.encode_prompt(messages[:-1], images))
+    end = f"{answers[-1]}<|im_end|>\n"
+    assert prompt.replace(run, "<64 x image_pad>") == case["text"].removesuffix(end)
 
 
 @pytest.mark.skipif("MINIMIND_3_TOKENIZER" not in os.environ, reason="needs the published tokenizer")
-def test_ids_and_labels_are_those_of_release_3():
-    folder = os.environ["MINIMIND_3_TOKENIZER"]
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_file=f"{folder}/tokenizer.json",
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-    )
-    tokenizer.chat_template = THINKING
+@pytest.mark.parametrize("case", CASES_3, ids=range(len(CASES_3)))
+def test_ids_and_labels_are_those_of_release_3(case):
+    tokenizer = make_tokenizer(f"{os.environ['MINIMIND_3_TOKENIZER']}/tokenizer.json")
     processor = MiniMindVLMProcessor(None, tokenizer, tokens_per_image=64)
-    cases = json.loads((ROOT / "tests/golden/v3/tokens3.json").read_text(encoding="utf-8"))
-    assert len(cases) == 6
-    for case in cases:
-        messages = case["conversation"]
-        images = sum(message["content"].count("<image>") for message in messages)
-        assert processor.encode_chat(messages, images) == (case["input_ids"], case["labels"])
-        assert processor.encode_prompt(messages[:-1], images) == case["prompt_ids"]
+    messages = case["conversation"]
+    images = sum(message["content"].count("<image>") for message in messages)
+    assert processor.encode_chat(messages, images) == (case["input_ids"], case["labels"])
+    assert processor.encode_prompt(messages[:-1], images) == case["prompt_ids"]
 
 
-def test_a_placeholder_that_is_a_token_of_its_own_is_text_where_a_user_types_it(tokenizer):
-    with_pad = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    )
-    with_pad.add_special_tokens(
-        {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-    )
-    with_pad.add_tokens(["<|image_pad|>", "<think>", "</think>"])
-    with_pad.chat_template = THINKING
-    processor = MiniMindVLMProcessor(None, with_pad, tokens_per_image=4)
-    pad = with_pad.convert_tokens_to_ids("<|image_pad|>")
-    asked = "Is <|image_pad|> a <think>?\n<image><|image_pad|>"
-    ids, labels = processor.encode_chat(
-        [{"role": "user", "content": asked}, {"role": "assistant", "content": "  Yes."}], 1
-    )
-    assert processor.placeholder_id == pad and ids.count(pad) == 4
-    run = [pad] * 4
-    assert run in [ids[i : i + 4] for i in range(len(ids))]
-    assert ids.count(with_pad.convert_tokens_to_ids("<think>")) == 1  # the template's own
+@pytest.mark.parametrize(
+    ("answer", "written"),
+    [
+        ("<think>It is wet.\n</think>\n\nA <think>dog</think>.", "It is wet.{}A <think>dog</think>."),
+        ("<think>\n\n</think>\n\n  Two.", "{}  Two."),
+        ("Not <think>now</think>.", "{}Not <think>now</think>."),
+        ("\n<think>a </tool_call>\n</think>b", "a </tool_call>{}b"),
+    ],
+    ids=["reasoning", "empty", "not_first", "token_inside"],
+)
+def test_reasoning_of_an_answer_is_split_off_and_learnt(processor3, answer, written):
+    tokenizer = processor3.tokenizer
+    input_ids, labels = processor3.encode_chat([user("Hm?"), assistant(answer), user("So?"), assistant("x")])
+    think, no_think = (tokenizer.convert_tokens_to_ids(name) for name in ("<think>", "</think>"))
+    assert input_ids.count(think) == input_ids.count(no_think) == 2  # one for each answer: the rest is text
+    assert tokenizer.convert_tokens_to_ids("</tool_call>") not in input_ids
+    learnt = tokenizer.decode([label for label in labels if label != IGNORE_INDEX])
+    first = "<think>\n" + written.format("\n</think>\n\n") + "<|im_end|>\n"
+    assert learnt == first + "<think>\n\n</think>\n\nx<|im_end|>\n"
+
+
+def test_placeholders_that_a_user_types_are_text_however_many(processor3):
+    typed = "<|image_pad|>" * 64
+    input_ids, _ = processor3.encode_chat([user(f"{typed}<image>{typed}"), assistant(typed)], 1)
+    assert input_ids.count(processor3.placeholder_id) == 64
+    assert processor3.tokenizer.decode(input_ids).count(typed) == 4  # nothing is lost
+
+
+def test_control_tokens_that_a_user_types_are_text(processor3):
+    tokenizer = processor3.tokenizer
+    asked = "Is <|image_pad|> a <think> or <tool_call>?\n<image><|image_pad|>"
+    input_ids, labels = processor3.encode_chat([user(asked), assistant("  Yes.")], 1)
+    pads = [i for i, token in enumerate(input_ids) if token == processor3.placeholder_id]
+    assert pads == list(range(pads[0], pads[0] + 64))
+    assert input_ids.count(tokenizer.convert_tokens_to_ids("<think>")) == 1  # the template's own
+    assert tokenizer.convert_tokens_to_ids("<tool_call>") not in input_ids
     learnt = [label for label in labels if label != IGNORE_INDEX]
-    assert with_pad.decode(learnt) == "<think>\n\n</think>\n\n  Yes.<|im_end|>\n"
-    shown = with_pad.decode([token for token in ids if token != pad])
-    assert "Is <|image_pad|> a <think>?\n" in shown and "\n<|image_pad|><|im_end|>" in shown
+    assert tokenizer.decode(learnt) == "<think>\n\n</think>\n\n  Yes.<|im_end|>\n"
+    shown = tokenizer.decode([token for token in input_ids if token != processor3.placeholder_id])
+    assert "Is <|image_pad|> a <think> or <tool_call>?\n<|image_pad|><|im_end|>" in shown
