@@ -2,21 +2,27 @@
 
 from dataclasses import dataclass
 
-from common.cli import flag, parse_flags, run_main
-from trainer.arguments import TRAINABLE, VLMTrainingFlags
+from common.cli import parse_flags, run_main
+from trainer.arguments import TRAINABLE, VLMTrainingFlags, flag_by_release
 from trainer.stage import run_stage
 
 
 @dataclass
 class PretrainFlags(VLMTrainingFlags):
-    data_path: list[str] = flag(
-        ["dataset/pretrain_data.jsonl"], "JSONL or JSON files with the captions", resumable=True
+    data_path: list[str] | None = flag_by_release(
+        "files with the captions",
+        ["dataset/pretrain_data.jsonl"],
+        ["dataset/pretrain_i2t.parquet"],
+        resumable=True,
     )
-    images_path: str = flag(
-        "dataset/pretrain_images", "folder that relative image paths start from", resumable=True
+    images_path: str | None = flag_by_release(
+        "folder that relative image paths start from", "dataset/pretrain_images", None, resumable=True
     )
-    epochs: int = flag(4, "passes over the data")
-    trainable: str = flag("proj_last", "which weights learn", TRAINABLE)
+    epochs: int | None = flag_by_release("passes over the data", 4, 2)
+    max_seq_len: int | None = flag_by_release(
+        "longest row in tokens, images included; longer rows are cut in their text", 640, 450
+    )
+    trainable: str | None = flag_by_release("which weights learn", "proj_last", "proj", choices=TRAINABLE)
 
 
 def main() -> int:

@@ -52,7 +52,8 @@ def user_errors(what: str = "") -> Iterator[None]:
 def flag(
     default: Any, help_text: str, choices: tuple[str, ...] | None = None, resumable: bool = False, **settings
 ) -> Any:
-    """A field that is a flag; a `resumable` one may change on resume; `settings` are argparse's own."""
+    """A field that is a flag; a `resumable` one may change on resume. `settings` are argparse's own, but for
+    `by_release`: what it becomes where it is not given."""
     settings |= {"choices": choices} if choices else {}
     metadata = {"help": help_text, "resumable": resumable, **settings}
     if isinstance(default, list):
@@ -100,7 +101,7 @@ def make_parser(flags: type, **settings: Any) -> argparse.ArgumentParser:
     from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
     class Parser(HfArgumentParser):
-        def add_argument(self, *names: str, resumable: bool = False, **settings: Any) -> argparse.Action:
+        def add_argument(self, *names: str, resumable=False, by_release=None, **settings) -> argparse.Action:
             if settings.get("type") is string_to_bool:  # needs no value, also where its default is None
                 settings |= {"nargs": "?", "const": True}
             return super().add_argument(*names, **settings)

@@ -16,14 +16,21 @@ from model.processing_vlm import MiniMindVLMProcessor
 
 log = logging.getLogger(__name__)
 transformers.logging.disable_progress_bar()  # weights are there in a blink
-DEFAULT_TOKENIZER = "model/tokenizer"
-DEFAULT_ENCODER = "model/vision_model/clip-vit-base-patch16"
+# Where weights do not tell, by their release; download.py puts the published ones there.
+TOKENIZERS = {2: "model/tokenizer", 3: "out/minimind3-tokenizer"}
+ENCODERS = {
+    2: "model/vision_model/clip-vit-base-patch16",
+    3: "model/vision_model/siglip2-base-p32-256-ve",
+}
 
 
 def build_vlm(
     config: dict[str, Any], vision_model_path: str, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[MiniMindVLM, MiniMindVLMProcessor]:
-    """A model with fresh weights and the encoder of `vision_model_path`, and its processor."""
+    """A model with fresh weights and the encoder of `vision_model_path`, and its processor.
+
+    UserError where tokenizer or encoder are not of the kind that the weights of `config` were trained with.
+    """
     text = MiniMindVLMProcessor(None, tokenizer)
     trained = (config.get("image_special_token") or "")[: len(text.placeholder)]
     if trained and trained != text.placeholder:
@@ -32,7 +39,10 @@ def build_vlm(
     image = {"image_ids": [text.placeholder_id], "image_special_token": text.placeholder}
     with user_errors():  # the encoder sets how many
         model = MiniMindVLM(VLMConfig(**config | special_ids(tokenizer) | image), vision_model_path)
-    tokens = len(model.config.image_ids)
+    tokens, trained = len(model.config.image_ids), len(config.get("image_ids") or ())
+    if trained not in (0, tokens):
+        found = f"the encoder {vision_model_path} has {tokens} tokens for an image"
+        raise UserError(f"{found}, the weights were trained with one that has {trained}")
     return model, MiniMindVLMProcessor(model.processor, tokenizer, tokens_per_image=tokens)
 
 
@@ -40,19 +50,20 @@ def build_lm(
     config: dict[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[MiniMindForCausalLM, MiniMindVLMProcessor]:
     """A language model with fresh weights, and a processor that knows no images."""
+    config = {name: value for name, value in config.items() if name in MiniMindConfig.__annotations__}
     with user_errors():
         model = MiniMindForCausalLM(MiniMindConfig(**config | special_ids(tokenizer)))
     return model, MiniMindVLMProcessor(None, tokenizer)
 
 
-def settings_of_base(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
-    """The config of the weights at `path`, and `tokenizer_path` and `vision_model_path`, None where these are
+def settings_of_base(path: Path, wanted: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The config of the weights at `path`; `tokenizer_path` and `vision_model_path`, None where these are
     unknown. UserError where a size differs from the one that is `wanted`."""
     sidecar = read_sidecar(path) or load_weights_file(path)[1]
     check_sizes(sidecar, wanted, path)
     warn_of_heads(sidecar, wanted, path)
     flags = {"tokenizer_path": "tokenizer", "vision_model_path": "encoder"}
-    return sidecar["config"] | {flag: (sidecar.get(part) or {}).get("path") for flag, part in flags.items()}
+    return sidecar["config"], {flag: (sidecar.get(part) or {}).get("path") for flag, part in flags.items()}
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

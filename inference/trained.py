@@ -8,15 +8,24 @@ from safetensors import SafetensorError
 from transformers import AutoImageProcessor
 
 from common.cli import DeviceFlags, UserError, optional_flag, user_errors
-from common.setup import DEFAULT_ENCODER, DEFAULT_TOKENIZER, build_vlm
+from common.setup import ENCODERS, TOKENIZERS, build_vlm
 from common.tokenizer import check_tokenizer, load_tokenizer
-from common.weights import Sidecar, check_sizes, load_weights_file, warn_of_heads
+from common.weights import (
+    Sidecar,
+    check_sizes,
+    load_weights_file,
+    published_weights,
+    release_of,
+    warn_of_heads,
+)
 from model.model_vlm import MiniMindVLM, load_weights
 from model.processing_vlm import MiniMindVLMProcessor
 
-PUBLISHED_NAME = Path("out/sft_vlm_512.pth")
+PUBLISHED_NAMES = (Path("out/sft_vlm_768.pth"), Path("out/sft_vlm_512.pth"))  # of release 3, of release 2
 DEMO_FOLDER = Path("out/demo")
-DEFAULT_WEIGHT = f"{PUBLISHED_NAME}, else the newest sft_vlm_*.pth in {DEMO_FOLDER}/"
+DEFAULT_WEIGHT = (
+    f"{PUBLISHED_NAMES[0]}, else {PUBLISHED_NAMES[1]}, else the newest sft_vlm_*.pth in {DEMO_FOLDER}/"
+)
 
 
 @dataclass
@@ -43,12 +52,11 @@ class ModelFlags(WeightFlags, DeviceFlags):
 def default_weight() -> str:
     """The weights to take where none are named. UserError where there are none."""
     demo = sorted(DEMO_FOLDER.glob("sft_vlm_*.pth"), key=lambda path: path.stat().st_mtime, reverse=True)
-    found = next((path for path in (PUBLISHED_NAME, *demo) if path.is_file()), None)
+    found = next((path for path in (*PUBLISHED_NAMES, *demo) if path.is_file()), None)
     if found is None:
         raise UserError(
-            f"no weights: neither {PUBLISHED_NAME} nor {DEMO_FOLDER}/sft_vlm_*.pth is there: train the demo "
-            "(bash scripts/quickstart.sh), get the published ones (python scripts/download.py clip vlm), "
-            "or give --weight"
+            f"no weights: there is neither {DEFAULT_WEIGHT}: train the demo (bash scripts/quickstart.sh), "
+            "get the published ones (python scripts/download.py encoder vlm), or give --weight"
         )
     return str(found)
 
@@ -62,8 +70,9 @@ def load_vlm(
     """A trained model in fp32 and eval mode on the CPU, and its processor: for evaluation, export and the web
     demo.
 
-    `weight` is a `.pth`, the name of one in `out/`, or an exported folder, which holds encoder and tokenizer.
-    For a `.pth` these come from its sidecar unless given. UserError if something is missing or does not fit.
+    `weight` is a `.pth`, the name of one in `out/`, a published transformers folder of release 3, or an
+    exported folder, which holds encoder and tokenizer. For the others these come from the sidecar unless
+    given. UserError if something is missing or does not fit.
     """
     path = find_weight(weight)
     if not path.is_dir():
@@ -88,22 +97,24 @@ def load_pth(
     warn_of_heads(sidecar, given, path)
     sidecar = sidecar | {"config": sidecar["config"] | given}
     trained = {part: sidecar.get(part) or {} for part in ("tokenizer", "encoder")}
-    tokenizer = load_tokenizer(tokenizer_path or trained["tokenizer"].get("path") or DEFAULT_TOKENIZER)
+    release = release_of(sidecar["config"])
+    tokenizer = load_tokenizer(tokenizer_path or trained["tokenizer"].get("path") or TOKENIZERS[release])
     check_tokenizer(sidecar, tokenizer, path, asked=tokenizer_path is not None)
-    model, processor = build_vlm(
-        sidecar["config"], vision_model_path or trained["encoder"].get("path") or DEFAULT_ENCODER, tokenizer
-    )
+    encoder = vision_model_path or trained["encoder"].get("path") or ENCODERS[release]
+    model, processor = build_vlm(sidecar["config"], encoder, tokenizer)
     with user_errors(str(path)):
         load_weights(model, state)
     return model.eval(), processor, sidecar
 
 
 def find_weight(weight: str) -> Path:
-    """A path as it is; the name of a `.pth` in `out/` as the path of that."""
+    """A path as it is; the name of a `.pth` in `out/` as the path of that; a folder of release 3 as it was
+    published as the weights in it."""
     path = Path(weight)
     named = Path("out") / f"{path.name.removesuffix('.pth')}.pth"
     with user_errors("--weight"):  # raises for a name that is too long
-        return path if path.exists() or path.parent != Path() or not named.is_file() else named
+        there = path.exists() or path.parent != Path() or not named.is_file()
+        return published_weights(path if there else named)
 
 
 def load_export(folder: Path) -> tuple[MiniMindVLM, MiniMindVLMProcessor]:

@@ -22,8 +22,8 @@ from markupsafe import Markup
 from plot_metrics import draw_panel, import_figure, panels_of, read
 
 from common.cli import UserError, run_main, user_errors
-from common.setup import DEFAULT_ENCODER, build_vlm, load_base
-from common.weights import Sidecar, write_file
+from common.setup import ENCODERS, build_vlm, load_base
+from common.weights import Sidecar, release_of, write_file
 from dataset.images import open_image
 from inference.chat import Sampling, encode_picture, stream_answer
 from inference.picture_report import data_uri
@@ -241,8 +241,9 @@ def sample_answers(run: Run) -> tuple[list[dict[str, Any]], str]:
         if base is not None:
             torch.manual_seed(run.arguments.get("seed", 0))
             # Where the base has no projection, the answer is that of a fresh one.
-            encoder = (run.sidecar.get("encoder") or {}).get("path") or DEFAULT_ENCODER
-            model, _ = build_vlm(run.sidecar["config"], encoder, processor.tokenizer)
+            config = run.sidecar["config"]
+            encoder = (run.sidecar.get("encoder") or {}).get("path") or ENCODERS[release_of(config)]
+            model, _ = build_vlm(config, encoder, processor.tokenizer)
             load_base(model, base, processor.tokenizer)
             before = answers(model.eval(), processor, features)
     except UserError as error:

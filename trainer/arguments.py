@@ -5,14 +5,14 @@ A stage's own defaults are set in its script, by a subclass.
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from common.cli import DeviceFlags, check_seed, flag, optional_flag
-from common.setup import DEFAULT_ENCODER, DEFAULT_TOKENIZER
+from common.setup import ENCODERS, TOKENIZERS
 from common.weights import SIZES
 
-TRAINABLE = ("proj", "proj_last", "proj_attn", "proj_llm")
+TRAINABLE = ("proj", "proj_first_last", "proj_last", "proj_attn", "proj_llm")
 CACHE_DTYPES = ("float16", "int8")
 ON_BAD_SAMPLE = ("skip", "error")
 TRACKERS = ("tensorboard", "wandb", "swanlab", "trackio", "none")
@@ -20,6 +20,16 @@ SIZE_FLAGS = [name for name in SIZES if name != "vocab_size"]  # that is the tok
 FOLLOWS = "; if not given: the base's, {} without a base"
 MAX_POSITIONS = 32768  # of MiniMindConfig
 MAY_BE_ZERO = ("num_workers", "warmup_iters", "grad_clip", "max_bad_steps", "seed")
+
+
+def flag_by_release(help_text: str, release_2: Any, release_3: Any, **settings: Any) -> Any:
+    """A flag that is, where it is not given, what the release of the base takes; 2 without a base."""
+    told = f"; if not given: {_shown(release_2)}, or {_shown(release_3)} with a base of release 3"
+    return flag(None, help_text + told, by_release={2: release_2, 3: release_3}, **settings)
+
+
+def _shown(value: Any) -> str:
+    return " ".join(value) if isinstance(value, list) else str(value or "none")
 
 
 @dataclass
@@ -52,7 +62,7 @@ class TrainingFlags(DeviceFlags):
     num_attention_heads: int | None = optional_flag("query heads" + FOLLOWS.format(8))
     num_key_value_heads: int | None = optional_flag("key and value heads" + FOLLOWS.format(2))
     use_moe: bool | None = optional_flag("mixture-of-experts layers" + FOLLOWS.format(False))
-    tokenizer_path: str | None = optional_flag("folder of the tokenizer" + FOLLOWS.format(DEFAULT_TOKENIZER))
+    tokenizer_path: str | None = optional_flag("folder of the tokenizer" + FOLLOWS.format(TOKENIZERS[2]))
     compile: bool = flag(False, "compile the model with torch.compile", resumable=True)
     activation_checkpointing: bool = flag(
         False, "recompute activations in the backward pass: less memory, a third slower", resumable=True
@@ -92,14 +102,19 @@ class TrainingFlags(DeviceFlags):
                 bound = "not be negative" if name in MAY_BE_ZERO else "be above 0"
                 raise ValueError(f"--{name} must {bound}, found {value}")
         check_seed(self.seed)
-        if self.max_seq_len > MAX_POSITIONS:
+        if (self.max_seq_len or 0) > MAX_POSITIONS:
             raise ValueError(f"--max_seq_len must be at most {MAX_POSITIONS}, found {self.max_seq_len}")
-        if not self.data_path:
+        if self.data_path == []:
             raise ValueError("--data_path is needed: the rows to train on")
         if self.tracker is None:
             self.tracker = "wandb" if self.use_wandb else "none"
         if self.use_wandb and self.tracker != "wandb":
             raise ValueError(f"--use_wandb is --tracker wandb, but --tracker {self.tracker} is given")
+
+    def defaults_of(self, release: int) -> dict[str, Any]:
+        """What the flags become that follow the release of the base."""
+        given = {item.name: item.metadata.get("by_release") for item in fields(self)}
+        return {name: values[release] for name, values in given.items() if values}
 
     def model_config(self) -> dict[str, Any]:
         """The flags that are fields of the model's config, as far as they are set."""
@@ -113,7 +128,7 @@ class VLMTrainingFlags(TrainingFlags):
     images_path: str = flag("", "folder that the rows' relative image paths start from", resumable=True)
     trainable: str = flag("proj_llm", "which weights learn", TRAINABLE)
     vision_model_path: str | None = optional_flag(
-        "folder of the frozen image encoder" + FOLLOWS.format(DEFAULT_ENCODER)
+        "folder of the frozen image encoder" + FOLLOWS.format(ENCODERS[2])
     )
     cache_features: str | None = optional_flag("folder for encoder outputs: encode each image once", True)
     cache_dtype: str = flag(

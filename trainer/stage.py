@@ -13,9 +13,17 @@ import torch
 
 from common.cli import UsageError, UserError, user_errors
 from common.distributed import Runtime, explained, runtime
-from common.setup import DEFAULT_ENCODER, DEFAULT_TOKENIZER, build_lm, build_vlm, load_base, settings_of_base
+from common.setup import ENCODERS, TOKENIZERS, build_lm, build_vlm, load_base, settings_of_base
 from common.tokenizer import load_tokenizer
-from common.weights import describe, half_state, save_weights, weight_name, write_json
+from common.weights import (
+    describe,
+    half_state,
+    published_weights,
+    release_of,
+    save_weights,
+    weight_name,
+    write_json,
+)
 from dataset.feature_cache import encode_missing, open_feature_cache
 from dataset.files import sha256_of
 from dataset.vlm_dataset import VLMDataset
@@ -50,7 +58,7 @@ def run_stage(flags: TrainingFlags, stage: str, bases: tuple[str, ...]) -> int:
     tokenizer_asked = flags.tokenizer_path is not None
     named = named_checkpoint(flags.resume)
     base = None if named else find_base(flags, bases)
-    flags = follow(flags, named, base)
+    flags, config = follow(flags, named, base)
     path = out_dir / weight_name(stage, flags.hidden_size, flags.use_moe)
     run_dir = out_dir / "runs" / path.stem
     with runtime(flags.device, flags.seed) as run, run_lock(run_dir, run):
@@ -61,7 +69,7 @@ def run_stage(flags: TrainingFlags, stage: str, bases: tuple[str, ...]) -> int:
         started_from = [path.name, base_digest, checkpoint.about["sha256"] if checkpoint else None]
         run.agree("checkpoint and weights to start from", str(started_from))
         if checkpoint:
-            base = None
+            base, config = None, checkpoint.about.get("config", config)
         elif base and not base.is_file():
             raise UserError(f"{base}: no such weights")
         elif bases and not base and flags.from_weight != "none":
@@ -69,7 +77,7 @@ def run_stage(flags: TrainingFlags, stage: str, bases: tuple[str, ...]) -> int:
                 f"no {weight_name(bases[0], flags.hidden_size, flags.use_moe)} in {out_dir}: run the stage "
                 "before, or give --from_weight PATH, or --from_weight none"
             )
-        model, processor = build_model(flags, base, tokenizer_asked)
+        model, processor = build_model(flags, config, base, tokenizer_asked)
         model.to(run.device)
         samples = open_samples(flags.data_path, model, processor, flags, run)
         settings = settings_of(flags, samples, run.world_size, base_digest)
@@ -97,7 +105,7 @@ def run_stage(flags: TrainingFlags, stage: str, bases: tuple[str, ...]) -> int:
         log.info("%s: %s, from %s, on %s x %d", stage, what, start, run.device, run.world_size)
         run.catch_signals()
         run.limit_waiting(flags.timeout_seconds)
-        about = {"settings": settings, "arguments": arguments}
+        about = {"settings": settings, "arguments": arguments, "config": config}
         about["run_id"] = checkpoint.about["run_id"] if checkpoint else secrets.token_hex(4)
         resumed_step = checkpoint.about["step"] if checkpoint else 0
         tracker = open_tracker(flags, run_dir.name, run_dir, about["run_id"], resumed_step, run)
@@ -159,7 +167,7 @@ def find_base(flags: TrainingFlags, stages: tuple[str, ...]) -> Path | None:
     UserError where there are several sizes of them.
     """
     if flags.from_weight is not None:
-        return None if flags.from_weight == "none" else Path(flags.from_weight)
+        return None if flags.from_weight == "none" else published_weights(Path(flags.from_weight))
     found: dict[tuple[int, bool], Path] = {}
     for stage in stages:
         for path in sorted(Path(flags.out_dir).glob(f"{stage}_*.pth")):
@@ -176,35 +184,45 @@ def find_base(flags: TrainingFlags, stages: tuple[str, ...]) -> Path | None:
     return next(iter(found.values()), None)
 
 
-def follow(flags: TrainingFlags, checkpoint: Checkpoint | None, base: Path | None) -> TrainingFlags:
+def follow(
+    flags: TrainingFlags, checkpoint: Checkpoint | None, base: Path | None
+) -> tuple[TrainingFlags, dict[str, Any]]:
     """The flags, and for what they leave open the sizes, tokenizer and encoder of `checkpoint`, else those of
-    `base`, else the defaults. UserError where a size contradicts `base`."""
-    found: dict[str, Any] = {}
+    `base`, else the defaults of the release; with it the model's config. UserError where a size contradicts
+    `base`."""
+    config, found = {}, {}
     if checkpoint:
         found = checkpoint.about["settings"]
+        config = checkpoint.about.get("config", {})
     elif base and base.is_file():
-        found = settings_of_base(base, flags.model_config())
+        config, found = settings_of_base(base, flags.model_config())
+        found |= {name: config.get(name) for name in SIZE_FLAGS}
+    release = release_of(config)
     defaults = {name: getattr(MiniMindConfig(), name) for name in SIZE_FLAGS}
-    defaults |= {"tokenizer_path": DEFAULT_TOKENIZER, "vision_model_path": DEFAULT_ENCODER}
+    defaults |= {"tokenizer_path": TOKENIZERS[release], "vision_model_path": ENCODERS[release]}
+    defaults = {name: found.get(name) or value for name, value in defaults.items()} | flags.defaults_of(
+        release
+    )
     unset = {name for name, value in vars(flags).items() if value is None} & defaults.keys()
-    flags = dataclasses.replace(flags, **{name: found.get(name) or defaults[name] for name in unset})
+    flags = dataclasses.replace(flags, **{name: defaults[name] for name in unset})
+    config = config | flags.model_config()
     try:
-        MiniMindConfig(**flags.model_config())
+        MiniMindConfig(**config)
     except ValueError as error:
         raise UsageError(f"--{error}") from None
-    return flags
+    return flags, config
 
 
 def build_model(
-    flags: TrainingFlags, base: Path | None, tokenizer_asked: bool
+    flags: TrainingFlags, config: dict[str, Any], base: Path | None, tokenizer_asked: bool
 ) -> tuple[MiniMindForCausalLM, MiniMindVLMProcessor]:
-    """The model as the flags say, with the weights of `base` if there is one, and the right ones learning."""
+    """The model of `config`, with the weights of `base` if there is one, and the right ones learning."""
     tokenizer = load_tokenizer(flags.tokenizer_path)
     visual = isinstance(flags, VLMTrainingFlags)
     if visual:
-        model, processor = build_vlm(flags.model_config(), flags.vision_model_path, tokenizer)
+        model, processor = build_vlm(config, flags.vision_model_path, tokenizer)
     else:
-        model, processor = build_lm(flags.model_config(), tokenizer)
+        model, processor = build_lm(config, tokenizer)
     if base is not None:
         load_base(model, base, tokenizer, tokenizer_asked)
     if visual:
@@ -249,12 +267,14 @@ def open_samples(
 def set_trainable(model: torch.nn.Module, trainable: str) -> None:
     """Marks which weights learn; the encoder never does.
 
-    `proj`: the projection; `proj_last`: and the last layer; `proj_attn`: and all q/k/v/o projections;
-    `proj_llm`: and the whole language model.
+    `proj`: the projection; `proj_last`: and the last layer; `proj_first_last`: and the first and last layers;
+    `proj_attn`: and all q/k/v/o projections; `proj_llm`: and the whole language model.
     """
+    last = model.config.num_hidden_layers - 1
     learns = {
         "proj": r"vision_proj\.",
-        "proj_last": rf"vision_proj\.|model\.layers\.{model.config.num_hidden_layers - 1}\.",
+        "proj_last": rf"vision_proj\.|model\.layers\.{last}\.",
+        "proj_first_last": rf"vision_proj\.|model\.layers\.(0|{last})\.",
         "proj_attn": r"vision_proj\.|model\.layers\.\d+\.self_attn\.[qkvo]_proj\.",
         "proj_llm": r"(?!vision_encoder\.)",
     }[trainable]

@@ -36,7 +36,7 @@ from published import PublishedVLM, work_as_published
 
 import dataset.collate
 from common.distributed import autocast, peak_memory_bytes, resolve_dtype, runtime
-from common.setup import DEFAULT_TOKENIZER, special_ids
+from common.setup import TOKENIZERS, special_ids
 from common.tokenizer import load_tokenizer
 from dataset.feature_cache import encode_missing, open_feature_cache
 from dataset.vlm_dataset import VLMDataset
@@ -292,7 +292,7 @@ def random_vlm(
     options: Namespace, use_moe: bool = False, kind: type[MiniMindVLM] = MiniMindVLM
 ) -> tuple[MiniMindVLM, MiniMindVLMProcessor]:
     """A model of the sizes in `options` with random weights, its encoder's too, and its processor."""
-    tokenizer = load_tokenizer(str(ROOT / DEFAULT_TOKENIZER))
+    tokenizer = load_tokenizer(str(ROOT / TOKENIZERS[2]))
     sizes = {"hidden_size": options.hidden_size, "num_hidden_layers": options.num_hidden_layers}
     vision = CLIPVisionConfig(patch_size=16, num_hidden_layers=options.vision_layers)
     config = VLMConfig(**sizes, **special_ids(tokenizer), use_moe=use_moe, vision_config=vision)

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from common.distributed import Runtime, peak_memory_bytes
-from common.setup import DEFAULT_TOKENIZER
+from common.setup import TOKENIZERS
 from common.tokenizer import load_tokenizer
 from common.weights import half_state, save_weights
 from dataset.collate import StepDataset, StepSampler
@@ -136,7 +136,7 @@ def row_points(folder: Path, rows: int) -> list[dict]:
 
 def first_step(path: str) -> dict:
     """From a file to the first batch of 16."""
-    tokenizer = load_tokenizer(str(ROOT / DEFAULT_TOKENIZER))
+    tokenizer = load_tokenizer(str(ROOT / TOKENIZERS[2]))
     base = peak_memory_bytes(torch.device("cpu"))
     start = time.perf_counter()
     samples = VLMDataset([Path(path)], MiniMindVLMProcessor(None, tokenizer), 640)
@@ -177,7 +177,7 @@ def loader_point(folder: Path, workers: int) -> dict:
             Image.fromarray(coarse).resize((640, 480)).save(file, quality=90)
         lines.append(json_line("What is here?", "a cat", file))
     path.write_text("".join(lines))
-    tokenizer = load_tokenizer(str(ROOT / DEFAULT_TOKENIZER))
+    tokenizer = load_tokenizer(str(ROOT / TOKENIZERS[2]))
     samples = VLMDataset([path], MiniMindVLMProcessor(CLIPImageProcessorPil(), tokenizer), 640)
     loader = DataLoader(
         StepDataset(samples, tokenizer.pad_token_id),

@@ -123,13 +123,15 @@ def test_a_picture_of_several_rows_is_read_and_encoded_once(data, processor, mon
     ("trainable", "learns"),
     [
         ("proj", ["vision_proj."]),
-        ("proj_last", ["vision_proj.", "model.layers.1."]),
-        ("proj_attn", ["vision_proj.", *(f"layers.{i}.self_attn.{x}_proj" for i in (0, 1) for x in "qkvo")]),
+        ("proj_last", ["vision_proj.", "model.layers.2."]),
+        ("proj_first_last", ["vision_proj.", "model.layers.0.", "model.layers.2."]),
+        ("proj_attn", ["vision_proj.", *(f"layers.{i}.self_attn.{x}_proj" for i in range(3) for x in "qkvo")]),
         ("proj_llm", ["vision_proj.", "model.", "lm_head."]),
     ],
 )
 def test_trainable_sets(trainable, learns):
-    model = tiny_model(None)
+    with torch.device("meta"):
+        model = MiniMindVLM(VLMConfig(**SIZES | {"num_hidden_layers": 3}), None)
     set_trainable(model, trainable)
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == any(part in name for part in learns), name
