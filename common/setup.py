@@ -12,7 +12,7 @@ from common.tokenizer import check_tokenizer
 from common.weights import SIZES, Sidecar, check_sizes, load_weights_file, read_sidecar, warn_of_heads
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.model_vlm import MiniMindVLM, VLMConfig, load_weights
-from model.processing_vlm import MiniMindVLMProcessor
+from model.processing_vlm import PLACEHOLDERS, MiniMindVLMProcessor
 
 log = logging.getLogger(__name__)
 transformers.logging.disable_progress_bar()  # weights are there in a blink
@@ -32,17 +32,18 @@ def build_vlm(
     UserError where tokenizer or encoder are not of the kind that the weights of `config` were trained with.
     """
     text = MiniMindVLMProcessor(None, tokenizer)
-    trained = (config.get("image_special_token") or "")[: len(text.placeholder)]
-    if trained and trained != text.placeholder:
+    trained = config.get("image_special_token") or text.placeholder
+    if not trained.startswith(text.placeholder):
+        unit = next((token for token in PLACEHOLDERS if trained.startswith(token)), trained)
         found = f"the tokenizer {tokenizer.name_or_path} has {text.placeholder}"
-        raise UserError(f"the model takes {trained}... for an image, {found}: they are of different releases")
+        raise UserError(f"the model takes {unit} for an image, {found}: they are of different releases")
     image = {"image_ids": [text.placeholder_id], "image_special_token": text.placeholder}
     with user_errors():  # the encoder sets how many
         model = MiniMindVLM(VLMConfig(**config | special_ids(tokenizer) | image), vision_model_path)
-    tokens, trained = len(model.config.image_ids), len(config.get("image_ids") or ())
-    if trained not in (0, tokens):
+    tokens, known = len(model.config.image_ids), len(config.get("image_ids") or ())
+    if known not in (0, tokens):
         found = f"the encoder {vision_model_path} has {tokens} tokens for an image"
-        raise UserError(f"{found}, the weights were trained with one that has {trained}")
+        raise UserError(f"{found}, the weights were trained with one that has {known}")
     return model, MiniMindVLMProcessor(model.processor, tokenizer, tokens_per_image=tokens)
 
 

@@ -140,7 +140,7 @@ def read_sidecar(path: Path) -> Sidecar:
         return {"config": translated(_read_object(path.with_name("config.json"))), "tokenizer": tokenizer}
     sidecar_path = path.with_suffix(".json")
     sidecar = _read_object(sidecar_path)
-    if sidecar and not isinstance(sidecar.get("config"), dict):
+    if sidecar_path.is_file() and not isinstance(sidecar.get("config"), dict):
         raise UserError(f"{sidecar_path}: not a sidecar, it has no 'config'")
     return sidecar
 
@@ -162,9 +162,9 @@ def _read_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
+        raise UserError(f"{path}: not a JSON object ({error})") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(content).__name__}")
+        raise UserError(f"{path}: not a JSON object, but a {type(content).__name__}")
     return content
 
 
@@ -205,8 +205,9 @@ def config_from_shapes(state: dict[str, torch.Tensor], path: Path) -> dict[str, 
             config["num_attention_heads"] = size("layers.0.self_attn.q_proj") // head_dim
             config["num_key_value_heads"] = size("layers.0.self_attn.k_proj") // head_dim
         elif projector is None:
+            config |= {"intermediate_size": width, "image_special_token": "@" * 196}
             shared = {"n_routed_experts": experts, "n_shared_experts": numbers(r"0\.mlp\.shared_experts\.")}
-            return config | {"intermediate_size": width} | (shared if use_moe else {})
+            return config | (shared if use_moe else {})
     except (KeyError, ValueError, IndexError) as error:
         raise UserError(f"{path}: not MiniMind weights ({type(error).__name__}: {error})") from None
     mixture = {"num_experts": experts, "moe_intermediate_size": width}

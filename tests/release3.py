@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AddedToken, PreTrainedTokenizerFast, SiglipVisionConfig, SiglipVisionModel
 
-from common.weights import translated
+from common.weights import half_state, translated
 from model.model_minimind import MiniMindForCausalLM
 from model.model_vlm import MiniMindVLM, VLMConfig
 
@@ -61,10 +61,12 @@ def write_encoder(folder: Path, layers: int = 2, pixels: int = 256) -> Path:
     return folder
 
 
-def make_state(config: dict | None = None, visual: bool = True) -> dict[str, torch.Tensor]:
+def make_state(
+    config: dict | None = None, visual: bool = True, encoder: Path | None = None
+) -> dict[str, torch.Tensor]:
     """A state dict in the published key layout, fp16 and without the encoder; `config` in the release's names
-    (768 wide and two layers if it does not say)."""
+    (768 wide and two layers if it does not say). The projection is as wide as `encoder`, else 768."""
     torch.manual_seed(0)
     ours = VLMConfig(**translated({"num_hidden_layers": 2} | (config or {})))
-    model = MiniMindVLM(ours, None) if visual else MiniMindForCausalLM(ours)
-    return {key: value.half() for key, value in model.state_dict().items()}
+    model = MiniMindVLM(ours, encoder) if visual else MiniMindForCausalLM(ours)
+    return half_state(model.state_dict())

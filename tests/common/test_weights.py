@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TINY_ENCODER
+from release3 import make_state, make_tokenizer
+from safetensors.torch import save_file
 
 from common.cli import UserError
 from common.setup import build_lm, build_vlm, load_base
@@ -134,6 +136,74 @@ def test_release_3_has_the_published_numbers_of_parameters(config, model, parame
 def test_weights_and_tokenizer_of_different_releases_are_refused(tokenizer):
     with pytest.raises(UserError, match=r"takes <.* for an image, .* has @: they are of different releases"):
         build_vlm(translated({}), str(TINY_ENCODER), tokenizer)
+
+
+SIGLIP = ROOT / "tests/golden/v3/siglip"
+CONFIG_3 = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+CONFIG_3 |= {"image_hidden_size": 48, "image_token_len": 64, "image_ids": [12], "num_experts": 4}
+
+
+@pytest.fixture(scope="module")
+def state_3() -> dict[str, torch.Tensor]:
+    return make_state(CONFIG_3, encoder=SIGLIP)
+
+
+@pytest.fixture
+def published(tmp_path, state_3) -> Path:
+    """A transformers folder as release 3 is published: its own config and code, and no encoder."""
+    folder = tmp_path / "minimind-3v"
+    make_tokenizer().save_pretrained(folder)
+    stored = {name: value for name, value in state_3.items() if name != "lm_head.weight"}  # it is tied
+    save_file(stored, folder / "model.safetensors")
+    trap = f"open({str(tmp_path / 'ran')!r}, 'w')"
+    (folder / "model_vlm.py").write_text(trap)
+    code = {"AutoConfig": "model_vlm.VLMConfig", "AutoModelForCausalLM": "model_vlm.MiniMindVLM"}
+    config = CONFIG_3 | {"model_type": "minimind-v", "auto_map": code, "dtype": "float16"}
+    config |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rope_scaling": None}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin"])
+def test_a_published_folder_of_release_3_is_read_by_our_code(published, state_3, kind, tmp_path):
+    if kind == "pytorch_model.bin":
+        (published / "model.safetensors").unlink()
+        torch.save(state_3, published / kind)
+    model, processor = load_vlm(str(published), str(SIGLIP))
+    assert model.config.qk_norm and model.config.projector == "mlp"
+    assert processor.placeholder_id == 12 and processor.tokens_per_image == 64
+    assert model.config.rope_theta == 1e6 and model.config.rope_scaling is None
+    found = half_state(model.state_dict())
+    assert found.keys() == state_3.keys()
+    assert all(torch.equal(found[name], value) for name, value in state_3.items())
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda folder: (folder / "model.safetensors").unlink(),
+            "without model.safetensors or pytorch_model",
+        ),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 99), "not a readable .safetensors"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json: not a JSON object"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{"), "tokenizer_path"),
+    ],
+    ids=["no_weights", "damaged", "config", "tokenizer"],
+)
+def test_a_published_folder_that_is_not_usable_is_told_in_one_line(published, change, message):
+    change(published)
+    with pytest.raises(UserError, match=message) as raised:
+        load_vlm(str(published), str(SIGLIP))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("encoder", [str(TINY_ENCODER), None], ids=["clip", "not_downloaded"])
+def test_a_published_folder_takes_the_encoder_of_its_release(published, encoder):
+    told = "has 196 tokens for an image, the weights were trained with one that has 64"
+    with pytest.raises(UserError, match=told if encoder else r"siglip2-base-p32-256-ve"):
+        load_vlm(str(published), encoder)
 
 
 def test_weights_of_another_size_are_refused(saved, tokenizer):

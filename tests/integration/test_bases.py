@@ -5,7 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, TINY, TINY_ENCODER
+from release3 import make_state, make_tokenizer
 from test_training import error_line
 
 SIZES = dict(zip(TINY[:8:2], TINY[1:8:2], strict=True))
@@ -102,3 +104,88 @@ def test_what_does_not_decide_is_told_in_one_line(data, tmp_path, run, files, fl
 def test_a_flag_that_contradicts_the_base_is_an_error(data, run, lm):
     result = run("train_pretrain_vlm.py", *sees(data, lm.parent, "--num_hidden_layers", 3), expect=1)
     assert "does not fit the flags: it has num_hidden_layers 2 (flag: 3)" in error_line(result)
+
+
+SMALL_3 = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}  # of 2 layers
+SIGLIP = ROOT / "tests/golden/v3/siglip"
+
+
+@pytest.fixture
+def release_3(tmp_path) -> Path:
+    """A folder with what is published: tokenizer/, llm_64.pth and llm_64_moe.pth."""
+    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    torch.save(make_state(SMALL_3, visual=False), tmp_path / "llm_64.pth")
+    mixture = SMALL_3 | {"use_moe": True, "moe_intermediate_size": 128}
+    torch.save(make_state(mixture, visual=False), tmp_path / "llm_64_moe.pth")
+    return tmp_path
+
+
+@pytest.mark.parametrize("moe", ["", "_moe"], ids=["dense", "mixture"])
+def test_a_base_of_release_3_brings_its_architecture_and_defaults(data, run, release_3, moe):
+    base, out = release_3 / f"llm_64{moe}.pth", release_3 / "out"
+    parts = ["--tokenizer_path", release_3 / "tokenizer", "--vision_model_path", SIGLIP]
+    steps = ["--max_steps", 2, "--save_interval", 1]
+    run("train_pretrain_vlm.py", *sees(data, out, "--from_weight", base, *parts, *steps))
+    run("train_sft_vlm.py", *sees(data, out))
+
+    pretrained, tuned = (
+        json.loads((out / f"{stage}_vlm_64{moe}.json").read_text()) for stage in ("pretrain", "sft")
+    )
+    taken = "epochs max_seq_len trainable learning_rate".split()
+    assert [pretrained["arguments"][name] for name in taken] == [2, 450, "proj", 4e-4]
+    assert [tuned["arguments"][name] for name in taken] == [2, 768, "proj_first_last", 5e-6]
+    config = tuned["config"]
+    assert config["qk_norm"] and config["projector"] == "mlp" and config["rms_norm_eps"] == 1e-6
+    assert config["image_ids"] == [12] * 64
+    if moe:
+        assert config["moe_intermediate_size"] == 128 and config["n_shared_experts"] == 0
+        assert config["num_experts_per_tok"] == 1 and config["aux_loss_alpha"] == 5e-4
+    base.unlink()  # a checkpoint knows the config as well
+    again = ["--resume", out / f"runs/pretrain_vlm_64{moe}/checkpoints/step-1", "--max_steps", 2]
+    again += ["--from_weight", base]
+    run("train_pretrain_vlm.py", *sees(data, release_3 / "again", *again))
+    name = f"pretrain_vlm_64{moe}.pth"
+    assert (release_3 / "again" / name).read_bytes() == (out / name).read_bytes()
+
+
+def test_release_3_trains_from_a_language_model_in_a_single_stage(data, run, release_3):
+    parts = ["--tokenizer_path", release_3 / "tokenizer", "--vision_model_path", SIGLIP]
+    base = release_3 / "llm_64.pth"
+    result = run("train_sft_vlm.py", *sees(data, release_3 / "out", "--from_weight", base, *parts))
+    assert "llm_64.pth has no projection: it starts with fresh weights" in result.stderr
+    learnt = torch.load(release_3 / "out/sft_vlm_64.pth", weights_only=True)
+    before = torch.load(base, weights_only=True)
+    first, embedding = "model.layers.0.self_attn.q_norm.weight", "model.embed_tokens.weight"
+    assert torch.equal(learnt[embedding], before[embedding])  # two layers: the first and the last
+    assert learnt["vision_proj.mlp.3.weight"].shape == (64, 64) and first in learnt
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"tokenizer_path": "model/tokenizer"}, "model/tokenizer has @: they are of different releases"),
+        (
+            {"vision_model_path": TINY_ENCODER},
+            "has 196 tokens for an image, the weights were trained with one",
+        ),
+    ],
+    ids=["tokenizer", "encoder"],
+)
+def test_parts_of_release_2_with_weights_of_release_3_are_refused(data, run, release_3, flags, message):
+    weights = release_3 / "pretrain_vlm_64.pth"
+    torch.save(make_state(SMALL_3, encoder=SIGLIP), weights)
+    parts = {"tokenizer_path": release_3 / "tokenizer", "vision_model_path": SIGLIP} | flags
+    given = [part for name, value in parts.items() for part in (f"--{name}", value)]
+    result = run(
+        "train_sft_vlm.py", *sees(data, release_3 / "out", "--from_weight", weights, *given), expect=1
+    )
+    assert message in error_line(result)
+
+
+def test_the_tokenizer_of_release_3_with_weights_of_release_2_is_refused(data, tmp_path, run, lm):
+    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    bare = shutil.copy(lm, tmp_path / "bare.pth")  # without a sidecar, which knows the tokenizer
+    flags = ["--from_weight", bare, "--vision_model_path", SIGLIP, "--num_attention_heads", 4]
+    flags += ["--tokenizer_path", tmp_path / "tokenizer"]
+    message = error_line(run("train_pretrain_vlm.py", *sees(data, tmp_path / "out", *flags), expect=1))
+    assert "takes @ for an image, the tokenizer" in message
