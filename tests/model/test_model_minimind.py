@@ -36,9 +36,17 @@ def build(seed: int = 0, **options) -> MiniMindForCausalLM:
     return lm
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["dense", "moe"])
+YARN_64 = dict(rope_type="yarn", factor=16, original_max_position_embeddings=64, beta_fast=32, beta_slow=1)
+DENSE_3 = dict(qk_norm=True, head_dim=24, rms_norm_eps=1e-6, rope_scaling=YARN_64 | {"attention_factor": 1.0})
+MIXTURE_3 = dict(n_shared_experts=0, num_experts_per_tok=1, norm_top1_prob=True, moe_intermediate_size=96)
+MOE = {"use_moe": True}
+KINDS = {"dense": {}, "moe": MOE, "dense_3": DENSE_3, "moe_3": DENSE_3 | MIXTURE_3 | MOE}  # of both releases
+each_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+
+
+@pytest.fixture(scope="module", params=KINDS.values(), ids=KINDS)
 def lm(request):
-    return build(use_moe=request.param)
+    return build(**request.param)
 
 
 def random_rows(lengths: list[int], seed: int = 1) -> list[torch.Tensor]:
@@ -203,7 +211,7 @@ def test_attentions_are_the_weights_that_give_each_layers_output(lm, side, reque
     assert (weights * padding[None, :, None]).abs().max() == 0
     for layer, weights in zip(lm.model.layers, attentions, strict=True):
         attention = layer.self_attn
-        values = given[attention.v_proj].view(2, 14, 2, 16).transpose(1, 2)  # (B, K, S, D)
+        values = given[attention.v_proj].view(2, 14, 2, attention.head_dim).transpose(1, 2)  # (B, K, S, D)
         mixed = weights @ values.repeat_interleave(2, 1)  # (B, H, T, D)
         expected = attention.o_proj(mixed.transpose(1, 2).flatten(2))
         torch.testing.assert_close(given[attention][0][real], expected[real], **close)
@@ -304,6 +312,7 @@ MOE_VARIANTS = {
     "unnormalized": dict(norm_topk_prob=False),
     "batch_aux": dict(seq_aux=False),
     "many": dict(n_routed_experts=16, num_experts_per_tok=3),
+    "release_3": MIXTURE_3 | dict(seq_aux=False),
 }
 
 
@@ -317,7 +326,7 @@ def plain_moe(moe: MoE, hidden: torch.Tensor, token_mask: torch.Tensor) -> tuple
     for row in range(hidden.shape[0]):
         for position in range(hidden.shape[1]):
             weights, choices = scores[row, position].topk(k)
-            if k > 1 and config.norm_topk_prob:
+            if config.norm_topk_prob and (k > 1 or config.norm_top1_prob):
                 weights = weights / (weights.sum() + 1e-20)
             token = hidden[row, position]
             result = sum(
@@ -408,9 +417,9 @@ def pack(rows: list[list[torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor, to
     return ids, mask, torch.nn.utils.rnn.pad_sequence(positions, batch_first=True)
 
 
-@pytest.mark.parametrize("use_moe", [False, True], ids=["dense", "moe"])
-def test_packed_rows_equal_single_rows(use_moe):
-    lm = build(use_moe=use_moe).train()
+@each_kind
+def test_packed_rows_equal_single_rows(kind):
+    lm = build(**kind).train()
     rows = random_rows([6, 9, 4, 11])
     ids, mask, positions = pack([rows[:3], rows[3:]])
     output = lm(ids, attention_mask=mask, position_ids=positions)
@@ -419,7 +428,7 @@ def test_packed_rows_equal_single_rows(use_moe):
     torch.testing.assert_close(output.logits[mask.bool()], expected, **close)
     aux_loss = torch.stack([single.aux_loss for single in alone]).mean()
     torch.testing.assert_close(output.aux_loss, aux_loss, atol=1e-5, rtol=0)
-    assert (aux_loss > 0) == use_moe
+    assert (aux_loss > 0) == lm.config.use_moe
 
 
 def step(lm: MiniMindForCausalLM, ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -431,9 +440,9 @@ def step(lm: MiniMindForCausalLM, ids: torch.Tensor) -> tuple[torch.Tensor, list
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["all", "last"])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-@pytest.mark.parametrize("use_moe", [False, True], ids=["dense", "moe"])
-def test_checkpointing_changes_no_gradient(use_moe, dropout, frozen):
-    lm = build(use_moe=use_moe, dropout=dropout).train()
+@each_kind
+def test_checkpointing_changes_no_gradient(kind, dropout, frozen):
+    lm = build(**kind, dropout=dropout).train()
     if frozen:
         for name, parameter in lm.named_parameters():
             parameter.requires_grad_(name.startswith("model.layers.1."))
