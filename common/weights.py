@@ -124,7 +124,7 @@ def load_weights_file(path: Path) -> tuple[dict[str, torch.Tensor], Sidecar]:
         state = load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever torch raises for a damaged file
         reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise UserError(f"{path}: not a readable {path.suffix} file ({reason})") from None
+        raise UserError(f"{path}: not readable weights ({reason})") from None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{path}: expected a state dict of tensors, found {type(state).__name__}")
     return state, read_sidecar(path) or {"config": config_from_shapes(state, path)}

@@ -55,7 +55,7 @@ def default_weight() -> str:
     found = next((path for path in (*PUBLISHED_NAMES, *demo) if path.is_file()), None)
     if found is None:
         raise UserError(
-            f"no weights: there is neither {DEFAULT_WEIGHT}: train the demo (bash scripts/quickstart.sh), "
+            f"no weights ({DEFAULT_WEIGHT}): train the demo (bash scripts/quickstart.sh), "
             "get the published ones (python scripts/download.py encoder vlm), or give --weight"
         )
     return str(found)

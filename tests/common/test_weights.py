@@ -186,7 +186,7 @@ def test_a_published_folder_of_release_3_is_read_by_our_code(published, state_3,
             lambda folder: (folder / "model.safetensors").unlink(),
             "without model.safetensors or pytorch_model",
         ),
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 99), "not a readable .safetensors"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 99), "not readable weights"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json: not a JSON object"),
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "tokenizer_path"),
     ],
@@ -247,7 +247,7 @@ def test_a_bare_file_gets_a_warning_about_its_tokenizer(saved, tokenizer, caplog
 def test_damaged_files_are_named(saved, content):
     _, path = saved
     path.write_bytes(path.read_bytes()[:5000] if content is None else content)
-    with pytest.raises(UserError, match=r"sft_vlm_64.pth: not a readable .pth file"):
+    with pytest.raises(UserError, match=r"sft_vlm_64.pth: not readable weights"):
         load_weights_file(path)
 
 

@@ -83,9 +83,9 @@ def test_the_checkpoint_of_resume_decides_before_any_base(data, tmp_path, run, l
     [
         (["lm_64", "lm_128", "lm_128_moe"], [], 1, "lm_128.pth, lm_128_moe.pth, lm_64.pth; name one with"),
         (["lm_128", "lm_128_moe"], ["--hidden_size", 128], 1, "lm_128.pth, lm_128_moe.pth; name one with"),
-        (["lm_64", "lm_128"], ["--hidden_size", 128], 1, "lm_128.pth: not a readable .pth file"),
-        (["lm_64", "lm_64_moe"], ["--no_use_moe"], 1, "lm_64.pth: not a readable .pth file"),
-        (["llm_64", "lm_64", "lm_own"], [], 1, "out/lm_64.pth: not a readable .pth file"),
+        (["lm_64", "lm_128"], ["--hidden_size", 128], 1, "lm_128.pth: not readable weights"),
+        (["lm_64", "lm_64_moe"], ["--no_use_moe"], 1, "lm_64.pth: not readable weights"),
+        (["llm_64", "lm_64", "lm_own"], [], 1, "out/lm_64.pth: not readable weights"),
         ([], [], 1, "no lm_512.pth in"),
         (["lm_64"], ["--hidden_size", 128, "--use_moe"], 1, "no lm_128_moe.pth in"),
         ([], ["--from_weight", "gone.pth"], 1, "gone.pth: no such weights"),

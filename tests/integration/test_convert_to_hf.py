@@ -478,7 +478,7 @@ def test_foreign_folder_is_left_alone(convert, weights, tmp_path):
 BAD = {
     "missing weights": (1, "no such weights", "--weight", "{tmp}/none.pth", "--out", "{tmp}/hf"),
     "weights are a folder": (1, "is a folder", "--weight", "{export}", "--out", "{tmp}/hf"),
-    "weights are text": (1, "not a readable .pth", "--weight", "{tmp}/text", "--out", "{tmp}/hf"),
+    "weights are text": (1, "text: not readable weights", "--weight", "{tmp}/text", "--out", "{tmp}/hf"),
     "out is a file": (1, "is a file", "--weight", "{weights}", "--out", "{tmp}/text"),
     "a file in the way": (1, "cannot write", "--weight", "{weights}", "--out", "{tmp}/text/hf"),
     "no encoder": (

@@ -240,7 +240,7 @@ def test_without_weights_both_ways_to_get_some_are_named(tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     code, _, error = call(monkeypatch, capsys)
     assert code == 1
-    assert "scripts/quickstart.sh" in error and "scripts/download.py clip vlm" in error
+    assert "scripts/quickstart.sh" in error and "scripts/download.py encoder vlm" in error
 
 
 def test_default_weight_is_the_published_name_then_the_newest_of_the_demo(tmp_path, monkeypatch):

@@ -217,7 +217,8 @@ def test_help_explains_every_flag_with_its_default(run):
         "--eval_interval",
     ):
         assert flag in text
-    assert "(default: 0.0004)" in text and "(default: proj_last)" in text
+    assert "(default: 0.0004)" in text
+    assert "if not given: proj_last, or proj with a base of release 3" in text
     assert text.count("(default:") >= 30
 
 

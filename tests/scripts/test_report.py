@@ -239,7 +239,7 @@ def test_weights_that_do_not_load_are_said(folder, tokenizer):
         describe(model, tokenizer, "sft_vlm", 1, {"vision_model_path": str(TINY_ENCODER)}),
     )
 
-    assert f"The weights cannot be asked: {path}: not a readable .pth file" in page_of(folder)
+    assert f"The weights cannot be asked: {path}: not readable weights" in page_of(folder)
 
 
 def test_a_language_model_is_not_asked_about_pictures(folder):
