@@ -13,6 +13,7 @@ from pathlib import Path
 from common.cli import CONTROLS, UserError, check_seed, flag, parse_flags, run_main, user_errors
 from common.distributed import Runtime, autocast, resolve_dtype, runtime
 from common.weights import write_json
+from dataset.picture_store import picture_name
 from dataset.rows import load_rows
 from inference.answers import Question, check_pictures, pictures_of, questions_of
 from inference.ask import IN_TEXT, Answer, Speaker, TerminalStreamer, ask
@@ -143,7 +144,7 @@ def ask_all(speakers: list[Speaker], questions: list[Question], flags: EvalFlags
     answers = []
     for question in questions:
         if question.images:
-            names = ", ".join(Path(path).name for path in question.images)
+            names = ", ".join(Path(picture_name(path)).name for path in question.images)
             print(f"image:  {names}".translate(CONTROLS))
         print(f"prompt: {question.text}".translate(IN_TEXT))
         answers.append([ask_one(speaker, question, flags, len(speakers) > 1) for speaker in speakers])

@@ -16,8 +16,9 @@ import torch
 from tqdm import tqdm
 
 from dataset.errors import DataError
-from dataset.files import sha256_of, write_atomically
+from dataset.files import write_atomically
 from dataset.images import PIXELS_VERSION, open_image
+from dataset.picture_store import picture_digest, picture_name
 from model.model_vlm import MiniMindVLM
 from model.processing_vlm import MiniMindVLMProcessor
 
@@ -25,7 +26,7 @@ SHARD_IMAGES = 1024
 BATCH_IMAGES = 64
 VOLATILE = {"transformers_version", "_name_or_path", "dtype", "architectures"}  # decide no feature
 
-Item = tuple[str, str]  # path of a picture, and the row it stands in, for messages
+Item = tuple[str, str]  # path of a picture, or store and place, and the row it stands in, for messages
 
 
 class FeatureCache:
@@ -67,9 +68,10 @@ class FeatureCache:
         for path, where in items:
             if path not in self.digests:
                 try:
-                    self.digests[path] = digest = sha256_of(Path(path))
+                    self.digests[path] = digest = picture_digest(path)
                 except OSError as error:
-                    raise DataError(f"{where}: cannot read image {path} ({error.strerror})") from None
+                    found = f"{picture_name(path)} ({error.strerror})"
+                    raise DataError(f"{where}: cannot read image {found}") from None
                 if digest not in self.places:
                     missing[digest] = path, where
         return missing

@@ -1,17 +1,22 @@
 """The pictures that rows name. How one is opened is model/pictures.py's, which travels with exports."""
 
+from functools import partial
+
 from PIL import Image
 
 from dataset.errors import DataError
+from dataset.picture_store import picture_file, picture_name
 from model.pictures import open_picture, to_rgb
 
 PIXELS_VERSION = 2  # raise it where a file gives other pixels than before: stored features are then made anew
 
 
-def open_image(path: str, where: str, image_size: int | None = None) -> Image.Image:
-    """The picture at `path`, upright and RGB, shrunk if far too large for an encoder of `image_size` pixels.
+def open_image(picture: str, where: str, image_size: int | None = None) -> Image.Image:
+    """A picture, by path or by store and place, upright and RGB, shrunk if far too large for an encoder of
+    `image_size` pixels.
 
-    DataError names the row (`where`) and the file that cannot be read.
+    DataError names the row (`where`) and the picture that cannot be read.
     """
-    with open_picture(path, f"{where}: cannot read image {path}", image_size, DataError) as image:
+    told = f"{where}: cannot read image {picture_name(picture)}"
+    with open_picture(partial(picture_file, picture), told, image_size, DataError) as image:
         return to_rgb(image, image_size)

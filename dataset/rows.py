@@ -3,11 +3,16 @@
 Here a row is read, brought into one form and checked; tokens and pictures are vlm_dataset.py's.
 """
 
-import codecs
+import base64
+import hashlib
 import itertools
 import json
+import logging
 import os
 import reprlib
+import shutil
+import sys
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from multiprocessing.pool import ThreadPool
@@ -17,86 +22,120 @@ import datasets.config
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
-from datasets.exceptions import DatasetGenerationError
+from filelock import FileLock
 from tqdm import tqdm
 
 from dataset.errors import DataError
-from dataset.files import sha256_of
+from dataset.files import flush_folder, sha256_of
+from dataset.layouts import our_row
+from dataset.picture_store import PictureStore
+from dataset.sources import ROWS, check_file, picture_bytes, raw_rows
 from model.processing_vlm import IMAGE_MARKER, ROLES
 
+log = logging.getLogger(__name__)
 FEATURES = Features(
     {
-        "where": Value("string"),  # file:line, for messages
+        "where": Value("string"),  # file:line or file[index], for messages
         "kind": Value("string"),  # free label of a row, for reports; empty if there is none
-        "images": List(Value("string")),
+        "images": List(Value("string")),  # paths, or places in the store of pictures
         "roles": List(Value("string")),
         "contents": List(Value("string")),  # a {"text": ...} row is one content without a role
     }
 )
-LLAVA_ROLES = {"human": "user", "gpt": "assistant"}
 PICTURE_KEYS = (  # other names of what 'image' holds, and what cannot be trained on: not to be overlooked
     "image images image_path image_paths image_file image_files image_name image_names image_url image_urls "
     "image_bytes image_base64 image_data img imgs img_path img_paths img_url picture pictures pic pics photo "
     "photos pixel_values media video videos video_path video_url audio audios audio_path audio_url"
 ).split()
-NOT_JSON = {
-    b"\x1f\x8b": "gzip",
-    b"PK\3\4": "zip",
-    b"PAR1": "Parquet",
-    b"\xff\xfe": "UTF-16",
-    b"\xfe\xff": "UTF-16",
-}
-HEAD_BYTES = 4096
+CODE = "rows", "sources", "layouts", "picture_store"  # what decides how a file is read
 STAT_THREADS, STAT_NAMES = 16, 20_000  # names in memory at a time
+TABLE, STORE, ABOUT = "rows.arrow", "pictures", "about.json"  # in a folder that is there whole or not at all
 
 
 def load_rows(paths: list[Path], images_path: Path | None = None) -> Dataset:
-    """Reads JSONL or JSON files, told apart by their content, into a table with FEATURES.
+    """Reads files of rows into a table with FEATURES, and the pictures inside them into a store beside it.
 
-    The table is kept in the `datasets` cache and rebuilt when a file or this code changes. Relative image
+    Both are kept in the cache of `datasets`, and made anew when a file or this code changes. Relative image
     paths are below `images_path`. DataError names file and line of the first row that is not usable, or the
     first whose picture is missing: that is looked up at every start.
     """
-    key = sha256_of(Path(__file__))
+    key = [sha256_of(Path(sys.modules[f"dataset.{name}"].__file__)) for name in CODE]
     for path in paths:
-        if found := _why_no_rows(path):
-            raise DataError(f"{path} {found}, expected a JSONL or JSON file in UTF-8")
+        check_file(path)
         stat = path.stat()
-        key += f" {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
+        key += [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
     root = str(images_path.resolve()) if images_path else ""
-    arguments = {"files": [str(path.resolve()) for path in paths], "images_root": root, "key": key}
+    cache = datasets.config.HF_DATASETS_CACHE / "minimind_rows"
+    folder = cache / hashlib.sha256(json.dumps([*key, root]).encode()).hexdigest()[:32]
     try:
-        rows = Dataset.from_generator(_read, features=FEATURES, gen_kwargs=arguments)
-    except DatasetGenerationError as error:
-        if isinstance(error.__cause__, DataError):
-            raise error.__cause__ from None
-        if isinstance(error.__cause__, OSError):
-            cache = datasets.config.HF_DATASETS_CACHE
-            raise DataError(f"cannot write to HF_DATASETS_CACHE {cache}: {error.__cause__}") from None
-        raise
+        if not _is_whole(folder):
+            cache.mkdir(parents=True, exist_ok=True)
+            with FileLock(cache / ".lock"):
+                _build(folder, paths, root)
+        about = json.loads((folder / ABOUT).read_text())
+    except OSError as error:
+        raise DataError(f"cannot write to HF_DATASETS_CACHE {cache.parent}: {error}") from None
+    for line in about["log"]:
+        log.info("%s", line)
+    rows = Dataset.from_file(str(folder / TABLE))
     _check_pictures(rows, root)
     return rows
 
 
-def _why_no_rows(path: Path) -> str:
-    """Empty where `path` is a file that may be JSON, by its first bytes."""
+def _is_whole(folder: Path) -> bool:
     try:
-        if not path.is_file():
-            return "is a folder" if path.is_dir() else "does not exist"
-        with path.open("rb") as file:
-            head = file.read(HEAD_BYTES)
-    except OSError as error:
-        return f"cannot be read ({error.strerror})"
-    known = [f"is {name}" for start, name in NOT_JSON.items() if head.startswith(start)]
-    return [*known, "is binary, or in UTF-16" if b"\0" in head else ""][0]
+        sizes = json.loads((folder / ABOUT).read_text())["sizes"]
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
 
 
-def resolve_image(image: str, images_root: str) -> str:
+def _build(folder: Path, files: list[Path], images_root: str) -> None:
+    """One at a time in the whole cache: so what is half built here was left by a process that was killed."""
+    if _is_whole(folder):
+        return
+    building = folder.with_name(".building")
+    for left in (building, folder):
+        shutil.rmtree(left, ignore_errors=True)
+    building.mkdir()
+    try:
+        needed, free = picture_bytes(files), shutil.disk_usage(building).free
+        if needed > free:
+            sizes = f"need up to {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+            raise OSError(f"the pictures inside {', '.join(path.name for path in files)} {sizes}")
+        lines: list[str] = []
+        with (building / STORE).open("wb") as pictures, (building / TABLE).open("wb") as table:
+            rows = _read(files, images_root, PictureStore(pictures), lines)
+            rows = iter(tqdm(rows, f"reading {files[0].name}", unit=" rows", leave=False, delay=2))
+            with pa.ipc.new_stream(table, FEATURES.arrow_schema) as writer:
+                while part := list(itertools.islice(rows, ROWS)):
+                    writer.write(pa.RecordBatch.from_pylist(part, FEATURES.arrow_schema))
+            for file in (pictures, table):
+                file.flush()
+                os.fsync(file.fileno())
+        sizes = {name: (building / name).stat().st_size for name in (TABLE, STORE)}
+        (building / ABOUT).write_text(json.dumps({"sizes": sizes, "log": lines}))
+        building.rename(folder)
+        flush_folder(folder.parent)
+    except BaseException:  # Ctrl-C too
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+
+
+def resolve_image(image: str, images_root: str, store: str) -> str:
+    """An entry of `images` as what opens it: a path, or the `store_of` the rows and a place in it."""
+    if image.startswith("\0"):
+        return store + image
     return image if Path(image).is_absolute() else str(Path(images_root) / image)
 
 
+def store_of(rows: Dataset) -> str:
+    """The path of the store that a table of `load_rows` names pictures in."""
+    return str(Path(rows.cache_files[0]["filename"]).with_name(STORE)) if rows.cache_files else ""
+
+
 def _missing(image: str, images_root: str) -> bool:
-    return not os.path.isfile(resolve_image(image, images_root))  # noqa: PTH113 (pathlib's may raise)
+    return not os.path.isfile(resolve_image(image, images_root, ""))  # noqa: PTH113 (pathlib's may raise)
 
 
 def _check_pictures(rows: Dataset, images_root: str) -> None:
@@ -106,7 +145,7 @@ def _check_pictures(rows: Dataset, images_root: str) -> None:
     names, gone = images.unique(), []
     with ThreadPool(STAT_THREADS) as pool:
         for start in tqdm(range(0, len(names), STAT_NAMES), "looking for pictures", leave=False, delay=2):
-            part = names.slice(start, STAT_NAMES).to_pylist()
+            part = [name for name in names.slice(start, STAT_NAMES).to_pylist() if not name.startswith("\0")]
             gone += itertools.compress(part, pool.map(partial(_missing, images_root=images_root), part))
     if gone:
         first = pc.index(pc.is_in(images, pa.array(gone, images.type)), True).as_py()
@@ -115,42 +154,43 @@ def _check_pictures(rows: Dataset, images_root: str) -> None:
         raise DataError(f"{where}: {found} ({len(gone)} of {len(names)} pictures are missing)")
 
 
-def _read(files: list[str], images_root: str, key: str) -> Iterator[dict]:
-    """The rows of `files`; `key` is what else decides whether a table that was kept is theirs."""
-    empty = True
+def _read(files: list[Path], images_root: str, store: PictureStore, lines: list[str]) -> Iterator[dict]:
+    """The rows of `files`; says in `lines` what each file has."""
     for file in files:
-        for where, row in _raw_rows(Path(file)):
-            empty = False
-            yield normalise_row(row, where, images_root)
-    if empty:
-        raise DataError(f"{', '.join(files)}: no rows")
+        layouts: Counter[str] = Counter()
+        pictured = unmarked = 0
+        for where, raw in raw_rows(file, store):
+            layout, row = our_row(raw, where, file.parent)
+            row = normalise_row(row, where, images_root)
+            row["images"] = [_stored(image, where, store) for image in row["images"]]
+            layouts[layout] += 1
+            pictured += bool(row["images"])
+            unmarked += layout == "release 3" and not row["images"]
+            yield row
+        if not layouts:
+            raise DataError(f"{file}: no rows")
+        name = file.name.encode(errors="backslashreplace").decode()
+        what = f"{name}: layout {', '.join(layouts)}: {pictured} of {layouts.total()} rows have pictures"
+        ignored = f"; of {unmarked} without a marker the picture is left out" if unmarked else ""
+        lines.append(what + ignored)
 
 
-def _raw_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    """`(file:line, row)` of JSON Lines, or `(file[index], row)` of a JSON list."""
-    where = name = path.name.encode(errors="backslashreplace").decode()
-    with path.open("rb") as file:  # a line ends at b"\n" alone; json decodes it
-        head = file.read(HEAD_BYTES)
-        file.seek(len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0)
-        try:
-            if head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
-                yield from ((f"{name}[{i}]", row) for i, row in enumerate(json.load(file)))
-                return
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    where = f"{name}:{number}"
-                    yield where, json.loads(line)
-        except (ValueError, RecursionError) as error:
-            expected = "expected a row on each line, or a JSON list of rows"
-            raise DataError(f"{where}: not JSON ({error}), {expected}") from None
+def _stored(image: str | bytes, where: str, store: PictureStore) -> str:
+    """The path of a picture, or its place in the store."""
+    if isinstance(image, bytes):
+        return image.decode()
+    if not image.startswith("data:"):
+        return image
+    try:
+        return store.add(base64.b64decode(image.partition(",")[2], validate=True))
+    except ValueError as error:
+        raise DataError(f"{where}: cannot read image {reprlib.repr(image)} ({error})") from None
 
 
 def normalise_row(row: dict, where: str, images_root: str | None = None) -> dict:
-    """One row in the form of FEATURES; DataError says what is wrong with it. Whether a name with a comma is
-    one picture or several, the files below `images_root` decide, if it is given."""
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: expected an object, found {type(row).__name__}")
-    row = _without_nulls(row)
+    """A row of our form as FEATURES has it, but for pictures that stand in the file; DataError says what is
+    wrong with it. The files below `images_root`, if given, decide whether a name with a comma is one picture
+    or several."""
     images = _images(row, where, images_root)
     if "text" in row and "conversations" not in row:
         roles, contents = [], [row["text"]]
@@ -161,25 +201,23 @@ def normalise_row(row: dict, where: str, images_root: str | None = None) -> dict
     else:
         roles, contents = _turns(row, len(images), where)
     kind = str(row.get("kind", ""))
-    for field, values in {"image": images, "kind": [kind], "content": contents}.items():
+    names = [image for image in images if isinstance(image, str)]
+    for field, values in {"image": names, "kind": [kind], "content": contents}.items():
         for value in values:
             if value.encode(errors="ignore").decode() != value:
                 raise DataError(f"{where}: {field!r} has half of a surrogate pair: {reprlib.repr(value)}")
     return {"where": where, "kind": kind, "images": images, "roles": roles, "contents": contents}
 
 
-def _without_nulls(entry: dict) -> dict:
-    """Columns that some rows lack are filled with null or NaN by what writes tables."""
-    return {key: value for key, value in entry.items() if value is not None and value == value}
-
-
-def _images(row: dict, where: str, images_root: str | None) -> list[str]:
+def _images(row: dict, where: str, images_root: str | None) -> list[str | bytes]:
     images = row.get("image") or row.get("images")
     if not images:
         _refuse_pictures(row, where)
         return []
     if (row.get("images") or images) != images:
         raise DataError(f"{where}: has both 'image' and 'images', and they differ")
+    if isinstance(images, bytes) or str(images).startswith("data:"):
+        images = [images]
     if isinstance(images, str):
         whole, images = images.strip(), [name.strip() for name in images.split(",") if name.strip()]
         if len(images) > 1 and images_root is not None:
@@ -188,9 +226,15 @@ def _images(row: dict, where: str, images_root: str | None) -> list[str]:
             if gone := [name for name in images if _missing(name, images_root)]:
                 found = f"image {gone[0]!r} not found below {images_root or '.'!r}: {whole!r} was split at"
                 raise DataError(f"{where}: {found} the comma, as there is no file of the whole name")
-    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
-        raise DataError(f"{where}: 'image' must be a path or a list of paths, found {images!r}")
+    if not isinstance(images, list) or not all(map(_is_picture, images)):
+        raise DataError(f"{where}: 'image' must be a path or a list of paths, found {reprlib.repr(images)}")
+    if fetched := [image for image in images if str(image).startswith(("http://", "https://"))]:
+        raise DataError(f"{where}: no picture is fetched from the network, expected a path: {fetched[0]!r}")
     return images
+
+
+def _is_picture(image: object) -> bool:
+    return isinstance(image, bytes) or (isinstance(image, str) and "\0" not in image)
 
 
 def _refuse_pictures(entry: dict, where: str) -> None:
@@ -201,17 +245,10 @@ def _refuse_pictures(entry: dict, where: str) -> None:
 
 
 def _turns(row: dict, images: int, where: str) -> tuple[list[str], list[str]]:
-    turns = row.get("conversations")
-    if not isinstance(turns, list) or not turns:
-        raise DataError(f"{where}: expected a non-empty list 'conversations', found {turns!r}")
     roles, contents = [], []
-    for number, turn in enumerate(turns, start=1):
-        if not isinstance(turn, dict):
-            raise DataError(f"{where}: turn {number} is not an object with 'role' and 'content'")
-        turn = _without_nulls(turn)
+    for number, turn in enumerate(row["conversations"], start=1):
         _refuse_pictures(turn, f"{where}: turn {number}")
-        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        role = LLAVA_ROLES.get(role, role) if isinstance(role, str) else role
+        role, content = turn.get("role"), turn.get("content")
         if role not in ROLES:
             raise DataError(
                 f"{where}: turn {number}: unknown role {role!r}, expected one of {', '.join(ROLES)}"

@@ -4,7 +4,6 @@ P placeholder tokens per image, T tokens, N images of the row.
 """
 
 import itertools
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,18 +17,17 @@ from dataset.errors import DataError
 from dataset.feature_cache import FeatureCache
 from dataset.files import sha256_of
 from dataset.images import open_image
-from dataset.rows import load_rows, resolve_image
+from dataset.rows import load_rows, resolve_image, store_of
 from model.pictures import first_line
 from model.processing_vlm import IGNORE_INDEX, IMAGE_MARKER, MiniMindVLMProcessor, control_tokens
 
-log = logging.getLogger(__name__)
 TOKENS_AROUND_A_TURN = 6  # two control tokens, the role and the newlines
 
 
 @dataclass
 class Sample:
-    """The row `where`, ready for a batch. A row with `images`, their paths, has either `pixel_values`
-    (N, 3, H, W) or, from a feature cache, `image_features` (N, P, W)."""
+    """The row `where`, ready for a batch. A row with `images`, their paths or places in the store, has either
+    `pixel_values` (N, 3, H, W) or, from a feature cache, `image_features` (N, P, W)."""
 
     input_ids: list[int]
     labels: list[int]
@@ -61,6 +59,7 @@ class VLMDataset(Dataset):
         self.images_root = str(images_path.resolve()) if images_path else ""
         self.features: FeatureCache | None = None  # set it to read features instead of pictures
         self.rows = load_rows(paths, images_path)
+        self.store = store_of(self.rows)
         arguments = {"tokenizer": processor.tokenizer, "system_tokens": _default_system_tokens(processor)}
         self.tokens = self.rows.map(
             _count_tokens,
@@ -70,17 +69,17 @@ class VLMDataset(Dataset):
             desc="counting tokens",
         )  # kept in the cache of `datasets`, beside the rows
         with_images = np.flatnonzero(self.tokens.data.table.column("images").to_numpy())
-        if processor.image_processor is not None:
-            names = ", ".join(path.name for path in paths)
-            log.info("%s: %d of %d rows have pictures", names, len(with_images), len(self))
-        elif len(with_images):
+        if processor.image_processor is None and len(with_images):
             where = self.rows[int(with_images[0])]["where"]
             raise DataError(f"{where}: has images, but only text can be trained on here")
 
     def image_paths(self) -> Iterator[tuple[str, str]]:
-        """(path, row it stands in) of every image of every row."""
+        """(path, or store and place; row it stands in) of every image of every row."""
         for row in self.rows.select_columns(["images", "where"]):
-            yield from ((resolve_image(image, self.images_root), row["where"]) for image in row["images"])
+            yield from ((path, row["where"]) for path in self._paths(row["images"]))
+
+    def _paths(self, images: list[str]) -> list[str]:
+        return [resolve_image(image, self.images_root, self.store) for image in images]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -114,7 +113,7 @@ class VLMDataset(Dataset):
     def _sample(self, row: dict, pictures: dict[str, torch.Tensor]) -> Sample:
         image = self.processor.placeholder_id, self.processor.tokens_per_image
         input_ids, labels, kept = cut(*self._encode(row), self.max_length, *image)
-        paths = [resolve_image(image, self.images_root) for image in row["images"][:kept]]
+        paths = self._paths(row["images"][:kept])
         sample = Sample(input_ids, labels, images=paths, where=row["where"])
         if not paths:
             return sample

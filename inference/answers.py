@@ -14,7 +14,7 @@ from transformers import BatchFeature
 
 from dataset.errors import DataError
 from dataset.images import open_image
-from dataset.rows import resolve_image
+from dataset.rows import resolve_image, store_of
 from inference.pictures import check_image
 from model.model_vlm import MiniMindVLM
 from model.processing_vlm import IMAGE_MARKER, MiniMindVLMProcessor, image_slots
@@ -45,14 +45,14 @@ class Question:
 
 def questions_of(rows: Dataset, images_path: str) -> list[Question]:
     """Every assistant turn of every row is a question, asked after the row's own earlier turns."""
-    questions = []
+    questions, store = [], store_of(rows)
     for row in rows:
         if not row["roles"]:  # plain text
             continue
         turns = [
             {"role": role, "content": text} for role, text in zip(row["roles"], row["contents"], strict=True)
         ]
-        images = [resolve_image(image, images_path) for image in row["images"]]
+        images = [resolve_image(image, images_path, store) for image in row["images"]]
         marked = any(IMAGE_MARKER in turn["content"] for turn in turns if turn["role"] == "user")
         for number, turn in enumerate(turns):
             before = turns[:number]

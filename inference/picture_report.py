@@ -17,6 +17,7 @@ from markupsafe import Markup
 from common.cli import user_errors
 from common.weights import write_file
 from dataset.images import open_image
+from dataset.picture_store import picture_name
 from inference.answers import Question, pictures_of
 from inference.ask import Answer
 
@@ -81,7 +82,8 @@ def write_picture_report(
     rows = [
         {
             "pictures": [
-                {"name": Path(image).name, "source": thumbnails[image]} for image in question.images
+                {"name": Path(picture_name(image)).name, "source": thumbnails[image]}
+                for image in question.images
             ],
             "question": question.text,
             "expected": question.expected,

@@ -22,6 +22,7 @@ import train_sft_vlm
 import web_demo
 from common.cli import make_parser
 from dataset.errors import DataError
+from dataset.layouts import our_row
 from dataset.rows import normalise_row
 from model.model_minimind import MiniMindForCausalLM
 from model.model_vlm import MiniMindVLM, VLMConfig
@@ -233,14 +234,14 @@ ROWS = [
 
 @pytest.mark.parametrize(("page", "line"), ROWS)
 def test_example_rows_are_good(page, line):
-    row = normalise_row(json.loads(line), "example:1")
+    row = normalise_row(our_row(json.loads(line), "example:1")[1], "example:1")
     assert len(row["contents"]) >= 1
 
 
 @pytest.mark.parametrize(("row", "message"), table("docs/data.md", "row"))
 def test_bad_rows_give_the_documented_message(row, message):
     with pytest.raises(DataError, match=f"^{re.escape('captions.jsonl:7: ' + message.strip('`'))}$"):
-        normalise_row(json.loads(row.strip("`")), "captions.jsonl:7")
+        normalise_row(our_row(json.loads(row.strip("`")), "captions.jsonl:7")[1], "captions.jsonl:7")
 
 
 def test_no_figure_is_left_open():

@@ -4,6 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+from dataset.picture_store import picture_name
 from inference.answers import Question
 
 
@@ -18,7 +19,7 @@ def score(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, An
             "answer": answer.strip(),
             "expected": question.expected,
             "correct": answer.strip() == question.expected,
-            "images": question.images,
+            "images": [picture_name(image) for image in question.images],
         }
         for question, answer in zip(questions, answers, strict=True)
     ]

@@ -12,6 +12,7 @@ from conftest import write_rows
 import dataset.rows
 from dataset.errors import DataError
 from dataset.rows import load_rows
+from dataset.sources import raw_rows
 
 TURNS = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A cat."}]
 PICTURE_TURNS = [{"role": "user", "content": "What?\n<image>"}, TURNS[1]]
@@ -204,7 +205,6 @@ def zipped(content: bytes, path) -> bytes:
     [
         pytest.param(lambda path: gzip.compress(LINES), "is gzip", id="gzip"),
         pytest.param(lambda path: zipped(LINES, path), "is zip", id="zip"),
-        pytest.param(lambda path: b"PAR1\x15\x04", "is Parquet", id="Parquet"),
         pytest.param(lambda path: LINES.decode().encode("utf-16"), "is UTF-16", id="UTF-16"),
         pytest.param(lambda path: LINES.decode().encode("utf-16-le"), BINARY, id="UTF-16 without BOM"),
         pytest.param(lambda path: LIST.decode().encode("utf-16-be"), BINARY, id="a list in UTF-16"),
@@ -216,7 +216,7 @@ def test_a_file_that_is_no_json_is_named(tmp_path, make, found):
     path.write_bytes(make(path))
     with pytest.raises(DataError) as caught:
         load_rows([path])
-    assert str(caught.value) == f"{path} {found}, expected a JSONL or JSON file in UTF-8"
+    assert str(caught.value) == f"{path} {found}, expected a JSONL or JSON file in UTF-8, or Parquet"
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_what_was_expected_is_said_of_broken_json(tmp_path, content, message):
 def test_lines_are_read_as_a_stream(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", [{"text": "x" * 1000}] * 20_000)
     tracemalloc.start()
-    count = sum(1 for _ in dataset.rows._raw_rows(path))
+    count = sum(1 for _ in raw_rows(path, None))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert count == 20_000 and peak < 1e6 < path.stat().st_size

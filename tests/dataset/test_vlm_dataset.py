@@ -76,7 +76,8 @@ def test_the_text_stage_has_no_use_for_images(data, processor):
 def test_the_log_says_how_many_rows_have_pictures(data, processor, caplog):
     with caplog.at_level(logging.INFO):
         VLMDataset([data / "dialogues.jsonl", data / "texts.jsonl"], processor, 512, data / "images")
-    assert "dialogues.jsonl, texts.jsonl: 5 of 16 rows have pictures" in caplog.messages
+    assert "dialogues.jsonl: layout conversations: 5 of 8 rows have pictures" in caplog.messages
+    assert "texts.jsonl: layout text: 0 of 8 rows have pictures" in caplog.messages
 
 
 def test_newer_code_counts_tokens_anew(data, processor, monkeypatch):

@@ -1,0 +1,166 @@
+"""Rows as people publish them -> rows of our form, a function for each layout; rows.py checks what they hold.
+
+A picture is a path, a data: URL or, where it stands in the file, `bytes`: its place in the store.
+"""
+
+import json
+import reprlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dataset.errors import DataError
+from model.processing_vlm import IMAGE_MARKER
+
+LLAVA_ROLES = {"human": "user", "gpt": "assistant"}
+
+
+def our_row(row: Any, where: str, folder: Path = Path()) -> tuple[str, dict]:
+    """The layout's name, and the row in our form: `image` or `images`, `conversations` (a list of `role` and
+    `content`) or `text`, and what no layout knows. An imagefolder's names are below `folder`.
+
+    DataError where no layout fits, or where the turns or a part of them are not what their layout has.
+    """
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: expected an object, found {type(row).__name__}")
+    row = without_nulls(row)
+    try:
+        for key in row.keys() & {"image", "images", "image_bytes"}:
+            row[key] = _picture(row[key])
+        for key in row.keys() & {"conversations", "messages", "texts"}:
+            row[key] = _turns(row[key], key)
+        for key in row.keys() & {"file_name", "file_names"}:
+            row[key] = [str(folder / str(name)) for name in _listed(row[key])]
+        return _convert(row)
+    except ValueError as error:
+        raise DataError(f"{where}: {error}") from None
+
+
+def _convert(row: dict) -> tuple[str, dict]:
+    for name, (fits, convert) in LAYOUTS.items():
+        if fits(row):
+            return name, convert(row)
+    found = f"no layout has the fields {', '.join(map(repr, row)) or '(none)'}"
+    raise ValueError(f"expected a non-empty list 'conversations', found None: {found}")
+
+
+def _imagefolder(row: dict) -> dict:
+    """Pictures beside `metadata.jsonl`, with turns of another layout or a caption in `text`."""
+    names = row.pop("file_name", []) + row.pop("file_names", [])
+    if "text" in row and not row.keys() & {"conversations", "messages", "texts"}:
+        asked = {"role": "user", "content": IMAGE_MARKER * len(names)}
+        row["conversations"] = [asked, {"role": "assistant", "content": row.pop("text")}]
+    return _convert({**row, "image": names})[1]
+
+
+def _release_3(row: dict) -> dict:
+    """A row of text alone has a picture too, a tiny black one: without a marker there is none."""
+    row, pictures = _conversations(row), _listed(row["image_bytes"])
+    asked = [turn for turn in row["conversations"] if turn["role"] == "user"]
+    marked = any(IMAGE_MARKER in str(turn["content"]) for turn in asked)
+    del row["image_bytes"]
+    return {**row, "image": pictures if marked else []}
+
+
+def _conversations(row: dict) -> dict:
+    """Ours, and LLaVA's: `from` and `value`, `human` and `gpt`."""
+    turns = []
+    for turn in row["conversations"]:
+        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        role = LLAVA_ROLES.get(role, role) if isinstance(role, str) else role
+        turns.append({**turn, "role": role, "content": content})
+    return {**row, "conversations": turns}
+
+
+def _messages(row: dict) -> dict:
+    """OpenAI's: a turn's parts bring pictures, or stand for the row's, in their order."""
+    given, shown, turns = row.pop("image", None) or row.pop("images", None) or [], [], row.pop("messages")
+    rest = iter(_listed(given))
+    for number, turn in enumerate(turns, start=1):
+        if isinstance(parts := turn.get("content"), list):
+            pictures = [_part_picture(part, rest, f"turn {number}") for part in parts]
+            texts = zip(parts, pictures, strict=True)
+            turn["content"] = "\n".join(part["text"] if p is None else IMAGE_MARKER for part, p in texts)
+            shown += [picture for picture in pictures if picture is not None]
+            if turn.get("role") != "user" and any(picture is not None for picture in pictures):
+                raise ValueError(f"turn {number}: pictures are expected in the user's turns")
+    return {**row, "image": [*shown, *rest] if shown else given, "conversations": turns}
+
+
+def _part_picture(part: Any, rest: Iterator, where: str) -> Any:
+    """The picture of a part of a message; None of a text."""
+    part = without_nulls(part) if isinstance(part, dict) else {"type": type(part).__name__}
+    if part.get("type") == "text" and isinstance(part.get("text"), str):
+        return None
+    if part.get("type") not in ("image", "image_url"):
+        found = f"found {reprlib.repr(part)}"
+        raise ValueError(f"{where}: expected parts of type 'text', 'image' or 'image_url', {found}")
+    own = next((part[key] for key in ("image_url", "image", "url", "path") if key in part), None)
+    own = _picture(own["url"] if isinstance(own, dict) and "url" in own else own)
+    if own is None and (own := next(rest, None)) is None:
+        raise ValueError(f"{where}: an image part more than the row has pictures")
+    return own
+
+
+def _the_cauldron(row: dict) -> dict:
+    """And FineVision's: pairs of `user` and `assistant`."""
+    turns = []
+    for pair in row.pop("texts"):
+        said = {role: pair.pop(role, None) for role in ("user", "assistant")}
+        turns += [{**pair, "role": role, "content": content} for role, content in said.items()]
+    return {**row, "conversations": turns}
+
+
+LAYOUTS = {  # the first that fits a row
+    "imagefolder": (
+        lambda row: row.keys() & {"file_name", "file_names"} and not (row.get("image") or row.get("images")),
+        _imagefolder,
+    ),
+    "release 3": (
+        lambda row: (
+            "conversations" in row and any(isinstance(one, bytes) for one in _listed(row.get("image_bytes")))
+        ),
+        _release_3,
+    ),
+    "LLaVA": (lambda row: any("from" in turn for turn in row.get("conversations", [])), _conversations),
+    "conversations": (lambda row: "conversations" in row, _conversations),
+    "messages": (lambda row: "messages" in row, _messages),
+    "the_cauldron": (lambda row: "texts" in row, _the_cauldron),
+    "text": (lambda row: "text" in row, dict),
+}
+
+
+def _turns(found: Any, column: str) -> list[dict]:
+    """A list of objects, or JSON of one."""
+    expected = f"expected a non-empty list {column!r}, found {reprlib.repr(found)}"
+    if isinstance(found, str):
+        try:
+            found = json.loads(found)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{expected}, not JSON ({error})") from None
+    if not isinstance(found, list) or not found:
+        raise ValueError(expected)
+    for number, turn in enumerate(found, start=1):
+        if not isinstance(turn, dict):
+            parts = "'user' and 'assistant'" if column == "texts" else "'role' and 'content'"
+            raise ValueError(f"turn {number} is not an object with {parts}")
+    return [without_nulls(turn) for turn in found]
+
+
+def _picture(found: Any) -> Any:
+    """Of the Image columns of `datasets`, {"bytes", "path"}: the bytes if there are any, else the path."""
+    if isinstance(found, list):
+        return [_picture(one) for one in found]
+    if isinstance(found, dict) and found and found.keys() <= {"bytes", "path"}:
+        stored = found.get("bytes")
+        return stored if isinstance(stored, bytes) else found if stored is not None else found.get("path")
+    return found
+
+
+def without_nulls(entry: dict) -> dict:
+    """Columns that some rows lack are filled with null or NaN by what writes tables."""
+    return {key: value for key, value in entry.items() if value is not None and value == value}
+
+
+def _listed(found: Any) -> list:
+    return found if isinstance(found, list) else [found]

@@ -1,0 +1,78 @@
+"""Pictures whose bytes stand in the data files: each one once, by its content, in a file beside the table.
+
+A row of the table names a picture by its path, or by its place there, "\\0{offset}:{length}", which no path
+can be. Everywhere else a picture is one string: a path, or the store's path and the place. Its bytes are read
+when it is opened: a map of the store would count as memory of each process.
+"""
+
+import hashlib
+import io
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dataset.files import sha256_of
+
+
+class PictureStore:
+    """Writes a store; memory grows by some 200 bytes for each distinct picture."""
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        self.places: dict[bytes, str] = {}  # by digest
+
+    def add(self, content: bytes | pa.Buffer) -> str:
+        """The picture's place."""
+        digest = hashlib.sha256(content).digest()
+        if digest not in self.places:
+            self.places[digest] = f"\0{self.file.tell()}:{len(content)}"
+            self.file.write(content)
+        return self.places[digest]
+
+    def without_pictures(self, array: pa.Array) -> pa.Array:
+        """A column, or a part of a nested one, with each picture's place instead of its bytes, as bytes."""
+        kind = array.type
+        if pa.types.is_dictionary(kind):
+            return pa.DictionaryArray.from_arrays(array.indices, self.without_pictures(array.dictionary))
+        if pa.types.is_struct(kind):
+            parts = [self.without_pictures(array.field(i)) for i in range(kind.num_fields)]
+            return pa.StructArray.from_arrays(parts, kind.names, mask=array.is_null())
+        if pa.types.is_fixed_size_list(kind):
+            return self.without_pictures(array.cast(pa.list_(kind.value_type)))
+        if pa.types.is_list(kind) or pa.types.is_large_list(kind):  # it may be a slice of a longer array
+            ends = np.cumsum([0, *pc.fill_null(array.value_lengths(), 0).to_pylist()])
+            values = self.without_pictures(array.flatten())
+            return type(array).from_arrays(pa.array(ends), values, mask=array.is_null())
+        if any(is_kind(kind) for is_kind in BINARY):
+            places = [self.add(value.as_buffer()).encode() if value.is_valid else None for value in array]
+            return pa.array(places, pa.binary())
+        return array
+
+
+BINARY = pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary
+
+
+def picture_file(picture: str) -> str | io.BytesIO:
+    """The path of a picture, or its bytes from the store; OSError where the store is gone."""
+    store, _, place = picture.partition("\0")
+    if not place:
+        return store
+    offset, length = map(int, place.split(":"))
+    with Path(store).open("rb") as file:
+        file.seek(offset)
+        return io.BytesIO(file.read(length))
+
+
+def picture_digest(picture: str) -> str:
+    """SHA-256 of a picture's content, in hexadecimal; OSError if it cannot be read."""
+    file = picture_file(picture)
+    return sha256_of(Path(file)) if isinstance(file, str) else hashlib.sha256(file.getbuffer()).hexdigest()
+
+
+def picture_name(picture: str) -> str:
+    """For messages: the path, or how many bytes it has."""
+    path, _, place = picture.partition("\0")
+    return f"of {int(place.split(':')[1]):,} bytes" if place else path
