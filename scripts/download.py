@@ -1,4 +1,4 @@
-"""Fetch the published encoder, weights and data set: `python scripts/download.py clip lm vlm dataset`.
+"""Fetch what is published: `python scripts/download.py encoder lm vlm dataset`, of release 3 or with --release 2.
 
 Sizes and free space are checked first, then `huggingface_hub` fetches and retries. HF_ENDPOINT names a mirror
 of the hub, HF_TOKEN a token for gated repositories. The next run skips files that are complete, and fetches
@@ -8,6 +8,7 @@ one that was half fetched when it was interrupted again from its beginning.
 import contextlib
 import fnmatch
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -16,51 +17,117 @@ import stat
 import sys
 import tarfile
 import zipfile
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PureWindowsPath
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 os.environ["HF_HUB_DISABLE_XET"] = "1"  # read on import; the hub's Xet transport goes past HF_ENDPOINT
 
 import httpx2
-from huggingface_hub import HfApi, constants, errors, hf_hub_download
+import pyarrow as pa
+import pyarrow.parquet as pq
+from huggingface_hub import HfApi, HfFileSystem, constants, errors, hf_hub_download
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import UserError, run_main, user_errors, write_stdout
-from dataset.files import sha256_of
+from dataset.files import sha256_of, write_atomically
 
 ARCHIVE = re.compile(r"\.(zip|tar|tar\.gz|tgz)$")
 MARKER = ".extracted.json"
+BUFFER_BYTES = 2**23  # of each request for a range
 readable = tqdm.format_sizeof  # without the unit: 3e15 is "3.00P"
+
+
+class Release(NamedTuple):
+    """Repositories, and the names of files in them; of names with "|" between, the first that is there."""
+
+    encoder: str
+    weights: str
+    tokenizer: str
+    lm: str
+    vlm: str
+
+
+RELEASES = {
+    2: Release(
+        encoder="openai/clip-vit-base-patch16",
+        weights="jingyaogong/MiniMind2-V-PyTorch",
+        tokenizer="jingyaogong/MiniMind2-V",
+        lm="lm_512.pth | llm_512.pth",
+        vlm="*_vlm_512*.pth",
+    ),
+    3: Release(
+        encoder="jingyaogong/siglip2-base-p32-256-ve",
+        weights="jingyaogong/minimind-3v-pytorch",
+        tokenizer="jingyaogong/minimind-3v",
+        lm="llm_768.pth | lm_768.pth",
+        vlm="*_vlm_768*.pth",
+    ),
+}
+DATASET = "jingyaogong/minimind-v_dataset"
+ENCODER_NAMES = {"clip": 2, "siglip2": 3}
 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
-    names = "clip: vision part of CLIP-ViT-B/16; lm: base LM; vlm: trained VLMs; dataset: both stages"
-    parser.add_argument("names", nargs="+", choices=["clip", "lm", "vlm", "dataset"], help=names)
-    clip_dir = "model/vision_model/clip-vit-base-patch16"
-    parser.add_argument("--clip_dir", type=Path, default=clip_dir, help="folder for the encoder")
+    names = "encoder: that of the release, or clip or siglip2; lm: base language model; vlm: trained VLMs"
+    choices = ["encoder", *ENCODER_NAMES, "lm", "vlm", "dataset"]
+    parser.add_argument("names", nargs="+", choices=choices, help=names)
+    parser.add_argument(
+        "--release", type=int, choices=[2, 3], default=3, help="3: minimind-3v, 2: MiniMind2-V"
+    )
+    parser.add_argument("--part", choices=["pretrain", "sft"], help="the data of one stage alone")
+    rows = "only so many rows from the beginning of each Parquet file of data"
+    parser.add_argument("--max_rows", type=int, help=rows)
+    encoder_dir = "folder for the encoder; if not given: one of its name in model/vision_model"
+    parser.add_argument("--vision_model_path", type=Path, help=encoder_dir)
     parser.add_argument("--out_dir", type=Path, default="out", help="folder for weights and their tokenizer")
     parser.add_argument("--data_dir", type=Path, default="dataset", help="folder for the data set")
     arguments = parser.parse_args()
-    items = {
-        "clip": clip(arguments.clip_dir),
-        "lm": weights(arguments.out_dir, "lm_512.pth llm_512.pth"),
-        "vlm": weights(arguments.out_dir, "*_vlm_512*.pth"),
-        "dataset": dataset(arguments.data_dir),
-    }
+    if problem := misuse(arguments):
+        parser.error(problem)
     with user_errors(), hub_errors():
-        needed = {name: next(items[name], []) for name in dict.fromkeys(arguments.names)}
+        items = {name: item(name, arguments) for name in dict.fromkeys(arguments.names)}
+        needed = {name: next(items[name], []) for name in items}
         check_free_space([file for files in needed.values() for file in files])
         for name, files in needed.items():
             for file in files:
                 if not file.target.exists():  # the library would replace it
                     hf_hub_download(**file.request)
             next(items[name], None)
+
+
+def misuse(arguments: Namespace) -> str:
+    """What is wrong with the arguments together, if anything."""
+    names, release = arguments.names, arguments.release
+    for name, its_release in ENCODER_NAMES.items():
+        if name in names and {"lm", "vlm"} & {*names} and release != its_release:
+            fitting = " ".join("encoder" if one == name else one for one in names)
+            commands = f"download.py {fitting} --release {its_release}, or --release {release}"
+            return f"{name} does not go with the models of release {release}: {commands}"
+    if len({"encoder", *ENCODER_NAMES} & {*names}) > 1 and arguments.vision_model_path:
+        return "--vision_model_path is one folder, but several encoders are named"
+    if "dataset" not in names and (arguments.part or arguments.max_rows is not None):
+        return "--part and --max_rows are for dataset"
+    if arguments.max_rows is not None and (arguments.max_rows < 1 or release == 2):
+        return f"--max_rows must be above 0 and is for the Parquet files of release 3, found {arguments.max_rows}"
+    return ""
+
+
+def item(name: str, arguments: Namespace) -> Iterator[list["HubFile"]]:
+    """The work that `name` asks for: it yields the files it needs, and goes on once they are there."""
+    release = RELEASES[ENCODER_NAMES.get(name, arguments.release)]
+    if name in ("lm", "vlm"):
+        return weights(release, arguments.out_dir, getattr(release, name))
+    if name == "dataset":
+        parts = [arguments.part] if arguments.part else ["pretrain", "sft"]
+        return dataset(arguments.data_dir, parts, arguments.release, arguments.max_rows)
+    folder = Path("model/vision_model", release.encoder.split("/")[1])
+    return encoder(release.encoder, arguments.vision_model_path or folder)
 
 
 class HubFile(NamedTuple):
@@ -72,24 +139,23 @@ class HubFile(NamedTuple):
     digest: str
 
 
-# Each of the next three yields the files it needs, and goes on once they are there.
-
-
-def clip(folder: Path) -> Iterator[list[HubFile]]:
+def encoder(repo_id: str, folder: Path) -> Iterator[list[HubFile]]:
     """Keeps the vision part of the published encoder."""
-    needed = ["config.json", "preprocessor_config.json", "model.safetensors pytorch_model.bin"]
-    if all(any((folder / name).exists() for name in names.split()) for names in needed):
+    needed = ["config.json", "preprocessor_config.json", "model.safetensors | pytorch_model.bin"]
+    if all(any((folder / name).exists() for name in names.split(" | ")) for names in needed):
         write_stdout(f"{folder} is already complete, skipped\n")
         return
     whole = folder.with_name(f"{folder.name}.part")
-    yield list_files("openai/clip-vit-base-patch16", whole, needed)[:3]  # no second file of weights
+    yield list_files(repo_id, whole, needed)
 
-    from transformers import AutoImageProcessor, CLIPVisionModel, logging
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel, logging
 
     logging.set_verbosity_error()  # the text tower's weights are unused, as intended
     logging.disable_progress_bar()
+    config = AutoConfig.from_pretrained(whole)
+    config = getattr(config, "vision_config", None) or config
     vision = whole / "vision"
-    CLIPVisionModel.from_pretrained(whole, dtype="auto").save_pretrained(vision)
+    AutoModel.from_pretrained(whole, config=config, dtype="auto").save_pretrained(vision)
     AutoImageProcessor.from_pretrained(whole, backend="pil").save_pretrained(vision)
     folder.mkdir(parents=True, exist_ok=True)
     for path in vision.iterdir():
@@ -98,15 +164,15 @@ def clip(folder: Path) -> Iterator[list[HubFile]]:
     write_stdout(f"{folder} holds the vision part, the rest is removed\n")
 
 
-def weights(folder: Path, patterns: str) -> Iterator[list[HubFile]]:
+def weights(release: Release, folder: Path, names: str) -> Iterator[list[HubFile]]:
     """Describes each file of published weights in a sidecar."""
-    files = list_files("jingyaogong/MiniMind2-V-PyTorch", folder, [patterns])
+    files = list_files(release.weights, folder, [names])
     needed, optional = ["tokenizer.json", "tokenizer_config.json"], "special_tokens_map.json chat_template.*"
-    tokenizer = folder / "minimind2-tokenizer"
-    yield files + list_files("jingyaogong/MiniMind2-V", tokenizer, needed, optional)
+    tokenizer = folder / f"{release.tokenizer.split('/')[1].split('-')[0].lower()}-tokenizer"
+    yield files + list_files(release.tokenizer, tokenizer, needed, optional)
 
     for file in files:
-        sidecar = describe(file.target, tokenizer, stage=file.target.name.split("_512")[0])
+        sidecar = describe(file.target, tokenizer, stage=re.split(r"_\d", file.target.name)[0])
         write_stdout(f"{file.target} is described by {sidecar}\n")
 
 
@@ -123,10 +189,18 @@ def describe(path: Path, tokenizer_path: Path, stage: str) -> Path:
     return path.with_suffix(".json")
 
 
-def dataset(folder: Path) -> Iterator[list[HubFile]]:
-    """Unpacks the archives of pictures."""
-    patterns = "*.jsonl *.parquet *.zip *.tar *.tar.gz *.tgz"
-    files = list_files("jingyaogong/minimind-v_dataset", folder, [patterns], repo_type="dataset")
+def dataset(folder: Path, parts: list[str], release: int, max_rows: int | None) -> Iterator[list[HubFile]]:
+    """Unpacks archives of pictures. The data of release 2 are what is there of release 3's where these are
+    missing."""
+    if max_rows is not None:
+        for part in parts:
+            first_rows(f"{part}_i2t.parquet", folder, max_rows)
+        return
+    needed = []
+    for part in parts:
+        old = " ".join(f"{part}*{kind}" for kind in (".jsonl", ".zip", ".tar", ".tar.gz", ".tgz"))
+        needed.append(old if release == 2 else f"{part}_i2t.parquet | {old}")
+    files = list_files(DATASET, folder, needed, repo_type="dataset")
     files = [file for file in files if not is_unpacked(file)]
     yield files
     for file in files:
@@ -134,10 +208,60 @@ def dataset(folder: Path) -> Iterator[list[HubFile]]:
             unpack(file)
 
 
+def first_rows(name: str, folder: Path, max_rows: int) -> None:
+    """Reads the row groups that begin a Parquet file of the data set, and writes a file of `max_rows` rows."""
+    target = folder / f"{Path(name).stem}-first-{max_rows}.parquet"
+    if target.exists():
+        write_stdout(f"{target} is already there, skipped\n")
+        return
+    try:
+        # Each column's part of a row group is asked for by itself: nothing is read ahead.
+        source = HfFileSystem().open(f"datasets/{DATASET}/{name}", cache_type="none")
+    except FileNotFoundError:
+        raise UserError(f"{DATASET} at {constants.ENDPOINT} has no {name}") from None
+    try:
+        parquet = pq.ParquetFile(source, read_dictionary=picture_columns(source)[0], buffer_size=BUFFER_BYTES)
+        groups = enough_groups(parquet.metadata, max_rows)
+        size = sum(parquet.metadata.row_group(i).total_byte_size for i in groups)
+        write_stdout(f"{target}: at most {readable(size)}B of {readable(source.size)}B to download\n")
+        folder.mkdir(parents=True, exist_ok=True)
+        if size > (free := shutil.disk_usage(folder).free):
+            raise UserError(f"not enough space on the disk of {folder}: {readable(free)}B free")
+
+        def write(file: BinaryIO) -> None:
+            left = max_rows
+            settings = {"dictionary_pagesize_limit": 2**30, "compression": "zstd"}  # each picture once
+            with (
+                pq.ParquetWriter(file, parquet.schema_arrow, **settings) as writer,
+                tqdm(total=max_rows) as bar,
+            ):
+                for batch in parquet.iter_batches(1000, row_groups=groups):
+                    rows = batch.slice(0, left)
+                    writer.write_batch(rows)
+                    left -= len(rows)
+                    bar.update(len(rows))
+                    if not left:
+                        break
+
+        write_atomically(target, write)
+    except pa.ArrowException as error:
+        raise UserError(f"{DATASET}/{name} at {constants.ENDPOINT} is no readable Parquet: {error}") from None
+    write_stdout(f"{target} has the first rows: give it to --data_path\n")
+
+
+def enough_groups(metadata: pq.FileMetaData, max_rows: int) -> list[int]:
+    """The row groups that begin the file and have `max_rows` rows, or all."""
+    sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+    return [i for i, before in enumerate(itertools.accumulate(sizes, initial=0)) if before < max_rows][
+        : len(sizes)
+    ]
+
+
 def list_files(
     repo_id: str, folder: Path, needed: list[str], optional: str = "", repo_type: str = "model"
 ) -> list[HubFile]:
-    """Files in the root of a repository; of the patterns in each string of `needed` one must match."""
+    """Files in the root of a repository. Each string of `needed` has patterns, with "|" between alternatives:
+    the first of them that matches anything counts, and one must."""
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
     info = HfApi().repo_info(repo_id, repo_type=repo_type, files_metadata=True, timeout=timeout)
     repository = {"repo_id": repo_id, "repo_type": repo_type, "revision": info.sha, "local_dir": folder}
@@ -145,7 +269,8 @@ def list_files(
     found = {file.rfilename: file for file in info.siblings if re.fullmatch(r"\w[^/\\:]*", file.rfilename)}
     files = []
     for patterns in [*needed, optional]:
-        names = [name for pattern in patterns.split() for name in fnmatch.filter(found, pattern)]
+        ways = [[fnmatch.filter(found, one) for one in way.split()] for way in patterns.split("|")]
+        names = next((sum(way, []) for way in ways if any(way)), [])
         if patterns in needed and not names:
             raise UserError(f"{repo_id} at {constants.ENDPOINT} has no {' or '.join(patterns.split())}")
         for name in names:
