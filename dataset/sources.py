@@ -1,6 +1,7 @@
 """Files -> raw rows: JSONL, JSON or Parquet, told apart by content. What a row means is layouts.py's."""
 
 import codecs
+import contextlib
 import itertools
 import json
 from collections.abc import Iterator
@@ -86,12 +87,18 @@ def _parquet_rows(path: Path, name: str, store: PictureStore) -> Rows:
 
 def _batches(path: Path) -> Iterator[pa.RecordBatch]:
     """Of one row group each. A group's dictionary keeps each picture once, but is copied into each batch."""
-    try:
-        leaves, groups = picture_columns(path)
-        small = max(groups, default=0) <= SMALL_GROUP_BYTES
+    leaves, groups = picture_columns(path)
+    small = max(groups, default=0) <= SMALL_GROUP_BYTES
+    with _parquet_errors(path):
         file = pq.ParquetFile(path, read_dictionary=leaves if small else [])
         for group in range(file.num_row_groups):
             yield from file.iter_batches(32 * ROWS if small else ROWS, row_groups=[group])
+
+
+@contextlib.contextmanager
+def _parquet_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path.name}: Parquet that cannot be read ({first_line(error)})") from None
 
@@ -99,7 +106,8 @@ def _batches(path: Path) -> Iterator[pa.RecordBatch]:
 def picture_columns(path: Path) -> tuple[list[str], list[int]]:
     """The columns that hold bytes, and how many these are in each row group: of the distinct ones, as long as
     the writer kept a dictionary."""
-    file = pq.ParquetFile(path)
+    with _parquet_errors(path):
+        file = pq.ParquetFile(path)
     leaves = [file.schema.column(i) for i in range(len(file.schema))]
     binary = [leaf.physical_type == "BYTE_ARRAY" and leaf.logical_type.type == "NONE" for leaf in leaves]
     groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import TINY, write_rows
 from PIL import Image, ImageFile
@@ -202,6 +204,23 @@ REFUSED_ROWS = {
     ),
 }
 LINE = json.dumps({"conversations": ASKED}, ensure_ascii=False)
+
+
+def parquet(**columns) -> bytes:
+    file = io.BytesIO()
+    pq.write_table(pa.table(columns), file, compression="none")
+    return file.getvalue()
+
+
+def picture_file() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", SIZE, RED).save(file, "PNG")
+    return file.getvalue()
+
+
+MARKED = json.dumps([{"role": "user", "content": "<image>What is this?"}, ASKED[1]])
+ROWS = {"conversations": [MARKED] * 3, "image_bytes": [picture_file()] * 3}
+WHOLE = parquet(**ROWS)
 FINE_FILES = {
     "with_mark.jsonl": b"\xef\xbb\xbf" + LINE.encode(),
     "carriage_returns.jsonl": f"{LINE}\r\n\r\n{LINE}\r\n".encode(),
@@ -211,10 +230,54 @@ FINE_FILES = {
     "LIST.JSON": f"[{LINE}]".encode(),
     "no_suffix": LINE.encode(),
     "数据.jsonl": LINE.encode(),
+    "rows.parquet": WHOLE,
+    "parquet_called.jsonl": WHOLE,
+    "null_pictures.parquet": parquet(**ROWS | {"image_bytes": pa.nulls(3)}),
+    "struct.parquet": parquet(
+        images=[[{"bytes": picture_file(), "path": "a.png"}], None],
+        texts=[[{"user": "What is this?", "assistant": "A thing."}]] * 2,
+        language=pa.nulls(2),
+    ),
 }
 REFUSED_FILES = {
     "rows.jsonl.gz": (gzip.compress(LINE.encode()), "is gzip"),
-    "rows.parquet": (b"PAR1\x15\x04", "is Parquet"),
+    "cut.parquet": (WHOLE[: len(WHOLE) // 2], "cut.parquet: Parquet that cannot be read"),
+    "first_bytes.parquet": (b"PAR1\x15\x04", "Parquet that cannot be read"),
+    "changed.parquet": (
+        WHOLE.replace(WHOLE[4:200], b"\xff" * 196, 1),
+        "changed.parquet: Parquet that cannot be read",
+    ),
+    "no_rows.parquet": (parquet(conversations=pa.array([], pa.string())), "no rows"),
+    "numbers.parquet": (parquet(conversations=[1, 2]), "expected a non-empty list 'conversations', found 1"),
+    "bytes.parquet": (parquet(conversations=[b"[]"]), "expected a non-empty list 'conversations', found b'"),
+    "no_json.parquet": (
+        parquet(conversations=[MARKED, "Hello"]),
+        "no_json.parquet[1]: expected a non-empty list 'conversations', found 'Hello', not JSON",
+    ),
+    "json_object.parquet": (parquet(conversations=['{"role": "user"}']), "expected a non-empty list"),
+    "json_turns.parquet": (parquet(conversations=['["Hello"]']), "turn 1 is not an object"),
+    "null_rows.parquet": (
+        parquet(conversations=[MARKED, None], image_bytes=[picture_file()] * 2),
+        "null_rows.parquet[1]: expected a non-empty list 'conversations', found None",
+    ),
+    "picture_numbers.parquet": (
+        parquet(images=[5], texts=[[{"user": "a", "assistant": "b"}]]),
+        "'image' must",
+    ),
+    "picture_names.parquet": (parquet(**ROWS | {"image_bytes": ["a.png"] * 3}), "'image_bytes': 'a.png'"),
+    "null_pairs.parquet": (
+        parquet(texts=[[{"user": "a", "assistant": None}]]),
+        "turn 2: 'content' must be text",
+    ),
+    "pairs_of_text.parquet": (parquet(texts=[["a", "b"]]), "turn 1 is not an object with 'user'"),
+    "another_layout.parquet": (
+        parquet(question=["What?"], answer=["A thing."]),
+        "no layout has the fields 'question', 'answer'",
+    ),
+    "not_utf_8.parquet": (
+        parquet(conversations=pa.array([b"\xff"]).view(pa.string())),
+        "can't decode byte 0xff",
+    ),
     "utf_16.jsonl": (LINE.encode("utf-16"), "is UTF-16"),
     "latin.jsonl": (LINE.replace("A", "\xc4").encode("latin-1"), "not JSON"),
     "binary.jsonl": (b"\0\1\2", "is binary"),
@@ -348,7 +411,16 @@ def test_a_file_that_is_refused_ends_training_and_scoring_alike(name, odd, weigh
 def test_a_file_is_read_by_its_content(name, odd, weight, tmp_path, call):
     code, _, errors = call(eval_vlm.main, *scoring(odd, odd / name, weight), "--report", tmp_path / "r.json")
     assert (code, errors) == (0, [])
-    assert json.loads((tmp_path / "r.json").read_text())["n"] == FINE_FILES[name].decode().count("A thing.")
+    rows = 2 if name == "struct.parquet" else 3 if FINE_FILES[name].startswith(b"PAR1") else None
+    assert json.loads((tmp_path / "r.json").read_text())["n"] == (rows or FINE_FILES[name].count(b"A thing."))
+
+
+def test_scoring_names_the_row_of_a_stored_picture_that_is_broken(weight, tmp_path, call):
+    made = parquet(**ROWS | {"image_bytes": [picture_file(), b"", picture_file()[:50]]})
+    (tmp_path / "x.parquet").write_bytes(made)
+    code, _, errors = call(eval_vlm.main, *scoring(tmp_path, tmp_path / "x.parquet", weight))
+    assert code == 1 and len(errors) == 1
+    assert errors[0].startswith(f"error: x.parquet[1]: cannot read image of 0 bytes ({NO_PICTURE}")
 
 
 def test_the_chat_takes_the_pictures_that_are_fine(odd, weight, call, monkeypatch):
