@@ -16,7 +16,8 @@ log = logging.getLogger(__name__)
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     with user_errors(f"--tokenizer_path {path}"):
         if not Path(path).is_dir():
-            raise UserError(f"--tokenizer_path {path}: no such folder")
+            hint = "release 3's comes with `python scripts/download.py lm`"
+            raise UserError(f"--tokenizer_path {path}: no such folder ({hint})")
         # AutoTokenizer would ask whether to run the code in an exported folder.
         return PreTrainedTokenizerFast.from_pretrained(path)
 

@@ -119,7 +119,8 @@ class MiniMindVLM(MiniMindForCausalLM):
         folder = Path(model_path)
         if not folder.is_dir():
             raise FileNotFoundError(
-                f"no vision encoder at {folder}: get CLIP-ViT-B/16 with `python scripts/download.py clip`"
+                f"no vision encoder at {folder}: `python scripts/download.py clip` (release 2) or `siglip2` "
+                "(release 3) gets a published one"
             )
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # or each weight of the text tower is reported

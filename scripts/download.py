@@ -1,4 +1,4 @@
-"""Fetch what is published: `python scripts/download.py encoder lm vlm dataset`, of release 3 or with --release 2.
+"""Fetch what is published: `python scripts/download.py encoder lm vlm dataset`, of release 3 or of 2.
 
 Sizes and free space are checked first, then `huggingface_hub` fetches and retries. HF_ENDPOINT names a mirror
 of the hub, HF_TOKEN a token for gated repositories. The next run skips files that are complete, and fetches
@@ -39,6 +39,7 @@ from dataset.files import sha256_of, write_atomically
 ARCHIVE = re.compile(r"\.(zip|tar|tar\.gz|tgz)$")
 MARKER = ".extracted.json"
 BUFFER_BYTES = 2**23  # of each request for a range
+BATCH_ROWS = 5000  # of --max_rows in memory at a time; among them each picture is written once
 readable = tqdm.format_sizeof  # without the unit: 3e15 is "3.00P"
 
 
@@ -48,6 +49,7 @@ class Release(NamedTuple):
     encoder: str
     weights: str
     tokenizer: str
+    tokenizer_dir: str
     lm: str
     vlm: str
 
@@ -57,6 +59,7 @@ RELEASES = {
         encoder="openai/clip-vit-base-patch16",
         weights="jingyaogong/MiniMind2-V-PyTorch",
         tokenizer="jingyaogong/MiniMind2-V",
+        tokenizer_dir="minimind2-tokenizer",
         lm="lm_512.pth | llm_512.pth",
         vlm="*_vlm_512*.pth",
     ),
@@ -64,6 +67,7 @@ RELEASES = {
         encoder="jingyaogong/siglip2-base-p32-256-ve",
         weights="jingyaogong/minimind-3v-pytorch",
         tokenizer="jingyaogong/minimind-3v",
+        tokenizer_dir="minimind3-tokenizer",
         lm="llm_768.pth | lm_768.pth",
         vlm="*_vlm_768*.pth",
     ),
@@ -113,8 +117,8 @@ def misuse(arguments: Namespace) -> str:
         return "--vision_model_path is one folder, but several encoders are named"
     if "dataset" not in names and (arguments.part or arguments.max_rows is not None):
         return "--part and --max_rows are for dataset"
-    if arguments.max_rows is not None and (arguments.max_rows < 1 or release == 2):
-        return f"--max_rows must be above 0 and is for the Parquet files of release 3, found {arguments.max_rows}"
+    if arguments.max_rows is not None and arguments.max_rows < 1:
+        return f"--max_rows must be above 0, found {arguments.max_rows}"
     return ""
 
 
@@ -124,8 +128,7 @@ def item(name: str, arguments: Namespace) -> Iterator[list["HubFile"]]:
     if name in ("lm", "vlm"):
         return weights(release, arguments.out_dir, getattr(release, name))
     if name == "dataset":
-        parts = [arguments.part] if arguments.part else ["pretrain", "sft"]
-        return dataset(arguments.data_dir, parts, arguments.release, arguments.max_rows)
+        return dataset(arguments.data_dir, arguments.part, arguments.release, arguments.max_rows)
     folder = Path("model/vision_model", release.encoder.split("/")[1])
     return encoder(release.encoder, arguments.vision_model_path or folder)
 
@@ -168,7 +171,7 @@ def weights(release: Release, folder: Path, names: str) -> Iterator[list[HubFile
     """Describes each file of published weights in a sidecar."""
     files = list_files(release.weights, folder, [names])
     needed, optional = ["tokenizer.json", "tokenizer_config.json"], "special_tokens_map.json chat_template.*"
-    tokenizer = folder / f"{release.tokenizer.split('/')[1].split('-')[0].lower()}-tokenizer"
+    tokenizer = folder / release.tokenizer_dir
     yield files + list_files(release.tokenizer, tokenizer, needed, optional)
 
     for file in files:
@@ -189,18 +192,17 @@ def describe(path: Path, tokenizer_path: Path, stage: str) -> Path:
     return path.with_suffix(".json")
 
 
-def dataset(folder: Path, parts: list[str], release: int, max_rows: int | None) -> Iterator[list[HubFile]]:
-    """Unpacks archives of pictures. The data of release 2 are what is there of release 3's where these are
-    missing."""
+def dataset(folder: Path, part: str | None, release: int, max_rows: int | None) -> Iterator[list[HubFile]]:
+    """Parquet, or for release 2 JSONL and archives of pictures, which are unpacked; where there is only the
+    other of these, that."""
     if max_rows is not None:
-        for part in parts:
-            first_rows(f"{part}_i2t.parquet", folder, max_rows)
+        for stage in [part] if part else ["pretrain", "sft"]:
+            first_rows(f"{stage}_i2t.parquet", folder, max_rows)
         return
-    needed = []
-    for part in parts:
-        old = " ".join(f"{part}*{kind}" for kind in (".jsonl", ".zip", ".tar", ".tar.gz", ".tgz"))
-        needed.append(old if release == 2 else f"{part}_i2t.parquet | {old}")
-    files = list_files(DATASET, folder, needed, repo_type="dataset")
+    old = " ".join(f"{part or ''}*{kind}" for kind in (".jsonl", ".zip", ".tar", ".tar.gz", ".tgz"))
+    ways = [f"{part or ''}*_i2t.parquet", old]
+    needed = " | ".join(ways if release == 3 else reversed(ways))
+    files = list_files(DATASET, folder, [needed], repo_type="dataset")
     files = [file for file in files if not is_unpacked(file)]
     yield files
     for file in files:
@@ -209,7 +211,8 @@ def dataset(folder: Path, parts: list[str], release: int, max_rows: int | None) 
 
 
 def first_rows(name: str, folder: Path, max_rows: int) -> None:
-    """Reads the row groups that begin a Parquet file of the data set, and writes a file of `max_rows` rows."""
+    """Writes a file of the first `max_rows` rows of a Parquet file of the data set, of which it reads no more
+    row groups than have them."""
     target = folder / f"{Path(name).stem}-first-{max_rows}.parquet"
     if target.exists():
         write_stdout(f"{target} is already there, skipped\n")
@@ -220,7 +223,7 @@ def first_rows(name: str, folder: Path, max_rows: int) -> None:
     except FileNotFoundError:
         raise UserError(f"{DATASET} at {constants.ENDPOINT} has no {name}") from None
     try:
-        parquet = pq.ParquetFile(source, read_dictionary=picture_columns(source)[0], buffer_size=BUFFER_BYTES)
+        parquet = pq.ParquetFile(source, buffer_size=BUFFER_BYTES)
         groups = enough_groups(parquet.metadata, max_rows)
         size = sum(parquet.metadata.row_group(i).total_byte_size for i in groups)
         write_stdout(f"{target}: at most {readable(size)}B of {readable(source.size)}B to download\n")
@@ -230,12 +233,12 @@ def first_rows(name: str, folder: Path, max_rows: int) -> None:
 
         def write(file: BinaryIO) -> None:
             left = max_rows
-            settings = {"dictionary_pagesize_limit": 2**30, "compression": "zstd"}  # each picture once
+            settings = {"dictionary_pagesize_limit": 2**30, "compression": "zstd"}
             with (
                 pq.ParquetWriter(file, parquet.schema_arrow, **settings) as writer,
                 tqdm(total=max_rows) as bar,
             ):
-                for batch in parquet.iter_batches(1000, row_groups=groups):
+                for batch in parquet.iter_batches(BATCH_ROWS, row_groups=groups):
                     rows = batch.slice(0, left)
                     writer.write_batch(rows)
                     left -= len(rows)
@@ -252,9 +255,8 @@ def first_rows(name: str, folder: Path, max_rows: int) -> None:
 def enough_groups(metadata: pq.FileMetaData, max_rows: int) -> list[int]:
     """The row groups that begin the file and have `max_rows` rows, or all."""
     sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-    return [i for i, before in enumerate(itertools.accumulate(sizes, initial=0)) if before < max_rows][
-        : len(sizes)
-    ]
+    starts = itertools.accumulate(sizes[:-1], initial=0)
+    return [group for group, start in enumerate(starts) if start < max_rows]
 
 
 def list_files(
@@ -269,10 +271,11 @@ def list_files(
     found = {file.rfilename: file for file in info.siblings if re.fullmatch(r"\w[^/\\:]*", file.rfilename)}
     files = []
     for patterns in [*needed, optional]:
-        ways = [[fnmatch.filter(found, one) for one in way.split()] for way in patterns.split("|")]
-        names = next((sum(way, []) for way in ways if any(way)), [])
+        ways = [[n for one in way.split() for n in fnmatch.filter(found, one)] for way in patterns.split("|")]
+        names = next(filter(None, ways), [])
         if patterns in needed and not names:
-            raise UserError(f"{repo_id} at {constants.ENDPOINT} has no {' or '.join(patterns.split())}")
+            wanted = " or ".join(patterns.replace("|", " ").split())
+            raise UserError(f"{repo_id} at {constants.ENDPOINT} has no {wanted}")
         for name in names:
             size, lfs, blob_id = found[name].size, found[name].lfs, found[name].blob_id
             request = {**repository, "filename": name}

@@ -7,6 +7,7 @@ served damaged. Every request is recorded in `requests`, those that are answered
 
 import hashlib
 import json
+import re
 import threading
 import time
 from dataclasses import dataclass, field
@@ -78,14 +79,16 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(url.path)
         self._request = Request(self.command, path, self.headers["Range"], self.headers["Authorization"])
         self.hub.requests.append(self._request)
-        if path.startswith("/api/"):
+        if path.startswith("/api/") and re.search("/(paths-info|tree)/", path):
+            self._answer_paths(path.removeprefix("/api/"))
+        elif path.startswith("/api/"):
             self._answer_listing(path.removeprefix("/api/"), with_sizes="blobs=" in url.query)
         elif path.startswith("/cdn/"):
             self._answer_content(path.removeprefix("/cdn/"))
         else:
             self._answer_file(path.strip("/"))
 
-    do_HEAD = do_GET
+    do_HEAD = do_POST = do_GET
 
     def _find_repository(self, repository: str) -> dict[str, bytes] | None:
         """The files of `models/a/b` or `datasets/a/b`; None after an error was sent."""
@@ -105,15 +108,33 @@ class _Handler(BaseHTTPRequestHandler):
             return
         siblings = []
         for name, content in files.items():
-            sibling: dict = {"rfilename": name}
-            if with_sizes:
-                sibling["size"] = self.hub.claimed_sizes.get(name, len(content))
-                sibling["blobId"] = git_blob_id(content)
-                if name.endswith(LFS_SUFFIXES):
-                    sha256 = hashlib.sha256(content).hexdigest()
-                    sibling["lfs"] = {"sha256": sha256, "size": sibling["size"], "pointerSize": 134}
-            siblings.append(sibling)
-        body = {"id": repository.partition("/")[2], "sha": COMMIT, "siblings": siblings}
+            about = self._about(name, content, digest_name="sha256")
+            sizes = {"blobId": about.pop("oid"), **about} if with_sizes else {}
+            siblings.append({"rfilename": name, **sizes})
+        self._answer_json({"id": repository.partition("/")[2], "sha": COMMIT, "siblings": siblings})
+
+    def _answer_paths(self, path: str) -> None:
+        """What the library's file system asks before it opens a file: of some paths, or of a whole folder."""
+        repository, _, rest = re.split("/(paths-info|tree)/", path)
+        files = self._find_repository(repository)
+        if files is None:
+            return
+        names, folder = [*files], rest.partition("/")[2]
+        if self.command == "POST":
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["paths"]
+            names = [name for name in names if name in asked]
+        entries = [{"type": "file", "path": name, **self._about(name, files[name])} for name in names]
+        self._answer_json([entry for entry in entries if entry["path"].startswith(folder)])
+
+    def _about(self, name: str, content: bytes, digest_name: str = "oid") -> dict:
+        size = self.hub.claimed_sizes.get(name, len(content))
+        about: dict = {"size": size, "oid": git_blob_id(content)}
+        if name.endswith(LFS_SUFFIXES):
+            digest = hashlib.sha256(content).hexdigest()
+            about["lfs"] = {digest_name: digest, "size": size, "pointerSize": 134}
+        return about
+
+    def _answer_json(self, body: dict | list) -> None:
         self._answer(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
 
     def _answer_file(self, path: str) -> None:
@@ -151,11 +172,12 @@ class _Handler(BaseHTTPRequestHandler):
         if name in self.hub.damaged:
             content = bytes(len(content))
         headers = {"ETag": f'"{git_blob_id(content)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
-        status, start = 200, 0
+        status, start, end = 200, 0, len(content)
         if self.headers["Range"]:
-            status, start = 206, int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        body = content[start:]
+            first, _, last = self.headers["Range"].removeprefix("bytes=").partition("-")
+            status, start, end = 206, int(first), int(last) + 1 if last else end
+            headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(content)}"
+        body = content[start:end]
         cut = stall = None
         if self.command == "GET":
             self.hub.contents.append(self._request)

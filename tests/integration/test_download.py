@@ -16,13 +16,18 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import ROOT
 from hub_stub import HubStub
+from release3 import make_state, make_tokenizer
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoImageProcessor, CLIPVisionModel, PreTrainedTokenizerFast
+
+from model.model_vlm import MiniMindVLM
 
 SCRIPT = ROOT / "scripts" / "download.py"
 GOLDEN_CLIP = ROOT / "tests" / "golden" / "clip"
@@ -141,7 +146,7 @@ def test_complete_clip_is_skipped_without_a_request(hub, download, tmp_path):
     for name in ("config.json", "preprocessor_config.json", "model.safetensors"):
         (folder / name).write_bytes((GOLDEN_CLIP / name).read_bytes())
 
-    result = download("clip", "--clip_dir", "elsewhere")
+    result = download("clip", "--vision_model_path", "elsewhere")
 
     assert result.returncode == 0, result.stderr
     assert "already complete, skipped" in result.stdout
@@ -199,7 +204,7 @@ def test_weights_come_with_tokenizer_and_sidecar(
     hub.models[WEIGHTS] = {file: published_weights() for file in files}
     hub.models[TOKENIZER] = published_tokenizer | {"model.safetensors": b"not needed"}
 
-    result = download(name)
+    result = download(name, "--release", "2")
 
     assert result.returncode == 0, result.stderr
     out = tmp_path / "out"
@@ -219,7 +224,7 @@ def test_weights_that_are_none_are_a_one_line_error(hub, download, published_tok
     hub.models[WEIGHTS] = {"lm_512.pth": b"not a torch file"}
     hub.models[TOKENIZER] = published_tokenizer
 
-    assert_one_line_error(download("lm"), "out/lm_512.pth")
+    assert_one_line_error(download("lm", "--release", "2"), "out/lm_512.pth")
 
 
 def test_own_weights_are_never_overwritten(hub, download, tmp_path, published_tokenizer):
@@ -229,7 +234,7 @@ def test_own_weights_are_never_overwritten(hub, download, tmp_path, published_to
     own.parent.mkdir()
     own.write_bytes(b"my weights")
 
-    result = download("lm")
+    result = download("lm", "--release", "2")
 
     assert_one_line_error(result, "out/lm_512.pth", "move it away")
     assert own.read_bytes() == b"my weights"
@@ -248,7 +253,7 @@ def test_own_weights_are_never_overwritten_from_the_cache_of_the_library(
     own.parent.mkdir()
     own.write_bytes(b"my weights")
 
-    result = download("lm")
+    result = download("lm", "--release", "2")
 
     assert_one_line_error(result, "out/lm_512.pth", "move it away")
     assert own.read_bytes() == b"my weights"
@@ -268,7 +273,7 @@ def published(hub, tmp_path, published_tokenizer) -> Path:
 
 
 def test_complete_files_are_recognised_by_their_content(hub, download, published):
-    result = download("lm")
+    result = download("lm", "--release", "2")
 
     assert result.returncode == 0, result.stderr
     assert not hub.fetched()
@@ -288,7 +293,7 @@ def test_file_of_the_same_length_and_an_old_time_is_not_taken_for_the_published_
     os.utime(own, (1, 1))
     sidecar.write_text("mine")
 
-    result = download("lm")
+    result = download("lm", "--release", "2")
 
     assert_one_line_error(result, f"out/{name} exists and differs from the published file", "move it away")
     assert own.read_bytes() == content
@@ -560,7 +565,7 @@ def test_missing_file_names_the_repository(hub, download, published_tokenizer):
     hub.models[WEIGHTS] = {"README.md": b""}
     hub.models[TOKENIZER] = published_tokenizer
 
-    assert_one_line_error(download("vlm"), WEIGHTS, "_vlm_512")
+    assert_one_line_error(download("vlm", "--release", "2"), WEIGHTS, "_vlm_512")
 
 
 def test_token_goes_to_the_hub_and_not_to_its_cdn(hub, download):
@@ -578,3 +583,138 @@ def test_unknown_name_is_a_usage_error(download):
 
     assert result.returncode == 2
     assert "invalid choice: 'clips'" in result.stderr
+
+
+# --- release 3
+
+
+RELEASE_3 = "jingyaogong/minimind-3v-pytorch", "jingyaogong/minimind-3v"
+SIGLIP = "jingyaogong/siglip2-base-p32-256-ve"
+GOLDEN_SIGLIP = ROOT / "tests/golden/v3/siglip"
+
+
+def as_pth(state: dict[str, torch.Tensor]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def as_files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def published_3(hub, tmp_path_factory) -> None:
+    """What release 3 publishes, in small."""
+    folder = tmp_path_factory.mktemp("tokenizer3")
+    make_tokenizer().save_pretrained(folder)
+    small = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    vlm = as_pth(make_state(small, encoder=GOLDEN_SIGLIP))
+    hub.models[RELEASE_3[0]] = {
+        "llm_768.pth": as_pth(make_state(small, visual=False)),
+        "sft_vlm_768.pth": vlm,
+        "sft_vlm_768_moe.pth": as_pth(make_state(small | {"use_moe": True}, encoder=GOLDEN_SIGLIP)),
+        "sft_vlm_512.pth": vlm,
+    }
+    hub.models[RELEASE_3[1]] = as_files(folder) | {"model.safetensors": b"not needed", "model.py": b"1 / 0"}
+    hub.models[SIGLIP] = as_files(GOLDEN_SIGLIP) | {"README.md": b"not needed"}
+
+
+def test_release_3_is_the_default_and_comes_described(hub, download, tmp_path, published_3):
+    result = download("encoder", "lm", "vlm")
+
+    assert result.returncode == 0, result.stderr
+    out = tmp_path / "out"
+    weights = ["llm_768.pth", "sft_vlm_768.pth", "sft_vlm_768_moe.pth"]
+    assert sorted(path.name for path in out.glob("*.pth")) == weights
+    sidecars = [json.loads((out / name).with_suffix(".json").read_text()) for name in weights]
+    assert [sidecar["stage"] for sidecar in sidecars] == ["llm", "sft_vlm", "sft_vlm"]
+    for sidecar in sidecars:
+        assert sidecar["tokenizer"]["path"] == "out/minimind3-tokenizer"
+        config = sidecar["config"]
+        assert config["qk_norm"] and (config["num_attention_heads"], config["num_key_value_heads"]) == (4, 2)
+    assert sidecars[2]["config"]["use_moe"] and sidecars[2]["config"]["num_experts_per_tok"] == 1
+    kept = {path.name for path in (out / "minimind3-tokenizer").iterdir()} - {".cache"}
+    assert {"tokenizer.json", "tokenizer_config.json"} <= kept and "model.py" not in kept
+    encoder = tmp_path / "model/vision_model/siglip2-base-p32-256-ve"
+    found, _ = MiniMindVLM.get_vision_model(encoder)
+    expected, _ = MiniMindVLM.get_vision_model(GOLDEN_SIGLIP)
+    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), expected.parameters(), strict=True))
+    assert "already complete, skipped" in download("siglip2", "--release", "2").stdout
+
+
+PICTURES = [f"picture {i} ".encode() * 4000 for i in range(40)]
+
+
+def parquet_rows(count: int) -> list[dict]:
+    return [{"conversations": f'[{{"row": {i}}}]', "image_bytes": [PICTURES[i % 40]]} for i in range(count)]
+
+
+@pytest.fixture
+def parquet(hub, tmp_path_factory) -> bytes:
+    """Five row groups of 400 rows over 40 pictures; the other stage has another file."""
+    file = tmp_path_factory.mktemp("parquet") / "sft.parquet"
+    table = pa.Table.from_pylist(parquet_rows(2000))
+    pq.write_table(table, file, row_group_size=400, dictionary_pagesize_limit=2**30, compression="none")
+    hub.datasets[DATASET] = {"sft_i2t.parquet": file.read_bytes(), "pretrain_i2t.parquet": b"other"}
+    return file.read_bytes()
+
+
+def test_one_part_of_the_data_is_fetched_alone(hub, download, tmp_path, parquet):
+    hub.datasets[DATASET] |= {"sft_data.jsonl": b"{}\n", "sft_images.zip": b"not needed"}
+    result = download("dataset", "--part", "sft")
+    assert result.returncode == 0, result.stderr
+    assert published_names(tmp_path / "dataset") == ["sft_i2t.parquet"]
+    assert (tmp_path / "dataset/sft_i2t.parquet").read_bytes() == parquet
+
+
+def test_release_2_takes_its_own_files_where_they_are(hub, download, tmp_path, parquet):
+    hub.datasets[DATASET] |= {"sft_data.jsonl": b"{}\n", "sft_images.zip": zip_of({"a.png": b"a"})}
+    assert download("dataset", "--part", "sft", "--release", "2").returncode == 0
+    assert published_names(tmp_path / "dataset") == ["sft_data.jsonl", "sft_images"]
+
+
+@pytest.mark.parametrize("count", [1, 400, 401, 2000, 5000])
+def test_the_first_rows_are_fetched_by_ranges(hub, download, tmp_path, parquet, count):
+    result = download("dataset", "--part", "sft", "--max_rows", str(count))
+
+    assert result.returncode == 0, result.stderr
+    target = tmp_path / f"dataset/sft_i2t-first-{count}.parquet"
+    assert published_names(tmp_path / "dataset") == [target.name]
+    assert pq.read_table(target).to_pylist() == parquet_rows(min(count, 2000))
+    assert target.stat().st_size < 1.1 * len(PICTURES) * len(PICTURES[0])  # each once
+    sent = [re.fullmatch(r"bytes=(\d+)-(\d+)", asked) for asked in hub.ranges("sft_i2t.parquet")]
+    fetched = sum(int(one[2]) - int(one[1]) + 1 for one in sent)
+    groups = -(-min(count, 2000) // 400)
+    assert fetched < len(parquet) * (groups / 5 + 0.1)
+    hub.requests.clear()
+    assert "already there, skipped" in download("dataset", "--part", "sft", "--max_rows", str(count)).stdout
+    assert not hub.requests
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "has no sft_i2t.parquet"), (b"PAR1 but no more", "is no readable Parquet")],
+    ids=["missing", "damaged"],
+)
+def test_first_rows_that_cannot_be_had_are_told_in_one_line(hub, download, tmp_path, content, message):
+    hub.datasets[DATASET] = {"README.md": b"", **({"sft_i2t.parquet": content} if content else {})}
+    assert_one_line_error(download("dataset", "--part", "sft", "--max_rows", "5"), message)
+    assert not list(tmp_path.glob("dataset/*.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("clip lm", "clip does not go with the models of release 3: download.py encoder lm --release 2"),
+        ("siglip2 vlm --release 2", "siglip2 does not go with the models of release 2: download.py encoder"),
+        ("lm --part sft", "--part and --max_rows are for dataset"),
+        ("lm --max_rows 5", "--part and --max_rows are for dataset"),
+        ("dataset --max_rows 0", "--max_rows must be above 0, found 0"),
+        ("clip siglip2 --vision_model_path x", "several encoders are named"),
+    ],
+)
+def test_names_and_flags_that_do_not_go_together_are_a_usage_error(hub, download, command, message):
+    result = download(*command.split())
+    assert result.returncode == 2 and message in result.stderr
+    assert not hub.requests
