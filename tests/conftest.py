@@ -173,7 +173,9 @@ def row(kind: str, turns: list[tuple[str, str]], image: str = "") -> dict:
     return {"image": image, "kind": kind, "conversations": conversations}
 
 
-def start(command: list, own_session: bool = False, **env: str) -> EntryPoint | subprocess.Popen:
+def start(
+    command: list, own_session: bool = False, folder: Path = ROOT, **env: str
+) -> EntryPoint | subprocess.Popen:
     """Starts an entry point as users do, from the repository's root: start(["eval_vlm.py", "--score"]).
 
     With `-m MODULE`, or with environment variables, it gets an interpreter of its own.
@@ -181,7 +183,7 @@ def start(command: list, own_session: bool = False, **env: str) -> EntryPoint | 
     command = list(map(str, command))
     if not env and command[0] != "-m":
         start_server()
-        return EntryPoint(command, own_session)
+        return EntryPoint(command, own_session, folder)
     return subprocess.Popen(
         [sys.executable, *command],
         cwd=ROOT,

@@ -41,13 +41,14 @@ def start_server() -> None:
 class EntryPoint:
     """A running one, with the part of `subprocess.Popen` that the tests use.
 
-    `command` begins with the script, relative to the repository's root; `own_session` is that of a terminal.
+    `command` begins with the script, relative to the repository's root, and runs in `folder`; `own_session`
+    is that of a terminal.
     """
 
-    def __init__(self, command: list[str], own_session: bool = False):
+    def __init__(self, command: list[str], own_session: bool = False, folder: Path = ROOT):
         self.output = tempfile.TemporaryDirectory()
         self.streams = [Path(self.output.name) / name for name in ("stdout", "stderr")]
-        self.process = CONTEXT.Process(target=_entry_point, args=(command, self.streams, own_session))
+        self.process = CONTEXT.Process(target=_entry_point, args=(command, self.streams, own_session, folder))
         self.process.start()
         self.pid = self.process.pid
         self.terminate, self.kill = self.process.terminate, self.process.kill
@@ -71,14 +72,15 @@ class EntryPoint:
         return stdout, stderr
 
 
-def _entry_point(command: list[str], streams: list[Path], own_session: bool) -> None:
+def _entry_point(command: list[str], streams: list[Path], own_session: bool, folder: Path) -> None:
     if own_session:
         os.setsid()
     for descriptor, stream in enumerate(streams, start=1):
         os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     os.environ.pop("PYTHONPATH")
     multiprocessing.set_start_method(None, force=True)  # the script's own processes start as they always do
-    os.chdir(ROOT)
+    os.chdir(folder)
     sys.argv = command
     sys.path[0] = str((ROOT / command[0]).parent)
-    runpy.run_path(command[0], run_name="__main__")
+    script = command[0] if folder == ROOT else str(ROOT / command[0])
+    runpy.run_path(script, run_name="__main__")
