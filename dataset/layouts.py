@@ -55,21 +55,18 @@ def _imagefolder(row: dict) -> dict:
 
 def _release_3(row: dict) -> dict:
     """A row of text alone has a picture too, a tiny black one: without a marker there is none."""
-    row, pictures = _conversations(row), _listed(row["image_bytes"])
-    asked = [turn for turn in row["conversations"] if turn["role"] == "user"]
-    marked = any(IMAGE_MARKER in str(turn["content"]) for turn in asked)
-    del row["image_bytes"]
-    return {**row, "image": pictures if marked else []}
+    pictures, row = _listed(row.pop("image_bytes")), _conversations(row)
+    asked = [str(turn["content"]) for turn in row["conversations"] if turn["role"] == "user"]
+    return {**row, "image": pictures if any(IMAGE_MARKER in text for text in asked) else []}
 
 
 def _conversations(row: dict) -> dict:
     """Ours, and LLaVA's: `from` and `value`, `human` and `gpt`."""
-    turns = []
     for turn in row["conversations"]:
-        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        role = turn.get("role", turn.get("from"))
         role = LLAVA_ROLES.get(role, role) if isinstance(role, str) else role
-        turns.append({**turn, "role": role, "content": content})
-    return {**row, "conversations": turns}
+        turn |= {"role": role, "content": turn.get("content", turn.get("value"))}
+    return row
 
 
 def _messages(row: dict) -> dict:
@@ -79,10 +76,10 @@ def _messages(row: dict) -> dict:
     for number, turn in enumerate(turns, start=1):
         if isinstance(parts := turn.get("content"), list):
             pictures = [_part_picture(part, rest, f"turn {number}") for part in parts]
-            texts = zip(parts, pictures, strict=True)
-            turn["content"] = "\n".join(part["text"] if p is None else IMAGE_MARKER for part, p in texts)
-            shown += [picture for picture in pictures if picture is not None]
-            if turn.get("role") != "user" and any(picture is not None for picture in pictures):
+            said = zip(parts, pictures, strict=True)
+            turn["content"] = "\n".join(part["text"] if own is None else IMAGE_MARKER for part, own in said)
+            shown += (own := [picture for picture in pictures if picture is not None])
+            if own and turn.get("role") != "user":
                 raise ValueError(f"turn {number}: pictures are expected in the user's turns")
     return {**row, "image": [*shown, *rest] if shown else given, "conversations": turns}
 
@@ -93,8 +90,9 @@ def _part_picture(part: Any, rest: Iterator, where: str) -> Any:
     if part.get("type") == "text" and isinstance(part.get("text"), str):
         return None
     if part.get("type") not in ("image", "image_url"):
-        found = f"found {reprlib.repr(part)}"
-        raise ValueError(f"{where}: expected parts of type 'text', 'image' or 'image_url', {found}")
+        raise ValueError(
+            f"{where}: expected a part 'text', 'image' or 'image_url', found {reprlib.repr(part)}"
+        )
     own = next((part[key] for key in ("image_url", "image", "url", "path") if key in part), None)
     own = _picture(own["url"] if isinstance(own, dict) and "url" in own else own)
     if own is None and (own := next(rest, None)) is None:
@@ -117,9 +115,7 @@ LAYOUTS = {  # the first that fits a row
         _imagefolder,
     ),
     "release 3": (
-        lambda row: (
-            "conversations" in row and any(isinstance(one, bytes) for one in _listed(row.get("image_bytes")))
-        ),
+        lambda row: "conversations" in row and bytes in map(type, _listed(row.get("image_bytes"))),
         _release_3,
     ),
     "LLaVA": (lambda row: any("from" in turn for turn in row.get("conversations", [])), _conversations),

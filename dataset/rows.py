@@ -29,7 +29,7 @@ from dataset.errors import DataError
 from dataset.files import flush_folder, sha256_of
 from dataset.layouts import our_row
 from dataset.picture_store import PictureStore
-from dataset.sources import ROWS, check_file, picture_bytes, raw_rows
+from dataset.sources import ROWS, check_file, file_name, find_files, picture_bytes, raw_rows
 from model.processing_vlm import IMAGE_MARKER, ROLES
 
 log = logging.getLogger(__name__)
@@ -53,14 +53,16 @@ TABLE, STORE, ABOUT = "rows.arrow", "pictures", "about.json"  # in a folder that
 
 
 def load_rows(paths: list[Path], images_path: Path | None = None) -> Dataset:
-    """Reads files of rows into a table with FEATURES, and the pictures inside them into a store beside it.
+    """Reads files of rows, folders of them, or data sets of the hub into a table with FEATURES, and the
+    pictures inside them into a store beside it.
 
     Both are kept in the cache of `datasets`, and made anew when a file or this code changes. Relative image
     paths are below `images_path`. DataError names file and line of the first row that is not usable, or the
     first whose picture is missing: that is looked up at every start.
     """
     key = [sha256_of(Path(sys.modules[f"dataset.{name}"].__file__)) for name in CODE]
-    for path in paths:
+    files = [file for path in paths for file in find_files(path)]
+    for path in files:
         check_file(path)
         stat = path.stat()
         key += [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
@@ -68,41 +70,39 @@ def load_rows(paths: list[Path], images_path: Path | None = None) -> Dataset:
     cache = datasets.config.HF_DATASETS_CACHE / "minimind_rows"
     folder = cache / hashlib.sha256(json.dumps([*key, root]).encode()).hexdigest()[:32]
     try:
-        if not _is_whole(folder):
+        if (lines := _lines_about(folder)) is None:
             cache.mkdir(parents=True, exist_ok=True)
-            with FileLock(cache / ".lock"):
-                _build(folder, paths, root)
-        about = json.loads((folder / ABOUT).read_text())
+            with FileLock(cache / ".lock"):  # one build at a time in the whole cache
+                lines = _lines_about(folder) or _build(folder, files, root)
     except OSError as error:
         raise DataError(f"cannot write to HF_DATASETS_CACHE {cache.parent}: {error}") from None
-    for line in about["log"]:
+    for line in lines:
         log.info("%s", line)
     rows = Dataset.from_file(str(folder / TABLE))
     _check_pictures(rows, root)
     return rows
 
 
-def _is_whole(folder: Path) -> bool:
+def _lines_about(folder: Path) -> list[str] | None:
+    """What the log says about a table; None unless table and store have the sizes they were written with."""
     try:
-        sizes = json.loads((folder / ABOUT).read_text())["sizes"]
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+        about = json.loads((folder / ABOUT).read_text())
+        whole = all((folder / name).stat().st_size == size for name, size in about["sizes"].items())
     except (OSError, ValueError):
-        return False
+        return None
+    return about["log"] if whole else None
 
 
-def _build(folder: Path, files: list[Path], images_root: str) -> None:
-    """One at a time in the whole cache: so what is half built here was left by a process that was killed."""
-    if _is_whole(folder):
-        return
+def _build(folder: Path, files: list[Path], images_root: str) -> list[str]:
+    """Writes table and store, and returns what the log says about them."""
     building = folder.with_name(".building")
-    for left in (building, folder):
+    for left in (building, folder):  # half built by a process that was killed, and damaged
         shutil.rmtree(left, ignore_errors=True)
     building.mkdir()
     try:
-        needed, free = picture_bytes(files), shutil.disk_usage(building).free
-        if needed > free:
-            sizes = f"need up to {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
-            raise OSError(f"the pictures inside {', '.join(path.name for path in files)} {sizes}")
+        if (needed := picture_bytes(files)) > (free := shutil.disk_usage(building).free):
+            found = f"need up to {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+            raise OSError(f"the pictures inside {', '.join(map(file_name, files))} {found}")
         lines: list[str] = []
         with (building / STORE).open("wb") as pictures, (building / TABLE).open("wb") as table:
             rows = _read(files, images_root, PictureStore(pictures), lines)
@@ -110,13 +110,14 @@ def _build(folder: Path, files: list[Path], images_root: str) -> None:
             with pa.ipc.new_stream(table, FEATURES.arrow_schema) as writer:
                 while part := list(itertools.islice(rows, ROWS)):
                     writer.write(pa.RecordBatch.from_pylist(part, FEATURES.arrow_schema))
+            sizes = {TABLE: table.tell(), STORE: pictures.tell()}
             for file in (pictures, table):
                 file.flush()
                 os.fsync(file.fileno())
-        sizes = {name: (building / name).stat().st_size for name in (TABLE, STORE)}
         (building / ABOUT).write_text(json.dumps({"sizes": sizes, "log": lines}))
         building.rename(folder)
         flush_folder(folder.parent)
+        return lines
     except BaseException:  # Ctrl-C too
         shutil.rmtree(building, ignore_errors=True)
         raise
@@ -157,28 +158,25 @@ def _check_pictures(rows: Dataset, images_root: str) -> None:
 def _read(files: list[Path], images_root: str, store: PictureStore, lines: list[str]) -> Iterator[dict]:
     """The rows of `files`; says in `lines` what each file has."""
     for file in files:
-        layouts: Counter[str] = Counter()
-        pictured = unmarked = 0
+        counts: Counter[tuple[str, bool]] = Counter()  # of layouts, with and without pictures
         for where, raw in raw_rows(file, store):
             layout, row = our_row(raw, where, file.parent)
             row = normalise_row(row, where, images_root)
             row["images"] = [_stored(image, where, store) for image in row["images"]]
-            layouts[layout] += 1
-            pictured += bool(row["images"])
-            unmarked += layout == "release 3" and not row["images"]
+            counts[layout, bool(row["images"])] += 1
             yield row
-        if not layouts:
+        if not counts:
             raise DataError(f"{file}: no rows")
-        name = file.name.encode(errors="backslashreplace").decode()
-        what = f"{name}: layout {', '.join(layouts)}: {pictured} of {layouts.total()} rows have pictures"
-        ignored = f"; of {unmarked} without a marker the picture is left out" if unmarked else ""
-        lines.append(what + ignored)
+        layouts = ", ".join(dict.fromkeys(layout for layout, _ in counts))
+        pictured = sum(count for (_, has_pictures), count in counts.items() if has_pictures)
+        what = f"{file_name(file)}: layout {layouts}: {pictured} of {counts.total()} rows have pictures"
+        unmarked = counts["release 3", False]
+        lines.append(f"{what}; in {unmarked} no <image> asks for it" if unmarked else what)
 
 
 def _stored(image: str | bytes, where: str, store: PictureStore) -> str:
     """The path of a picture, or its place in the store."""
-    if isinstance(image, bytes):
-        return image.decode()
+    image = image.decode() if isinstance(image, bytes) else image
     if not image.startswith("data:"):
         return image
     try:
@@ -226,15 +224,13 @@ def _images(row: dict, where: str, images_root: str | None) -> list[str | bytes]
             if gone := [name for name in images if _missing(name, images_root)]:
                 found = f"image {gone[0]!r} not found below {images_root or '.'!r}: {whole!r} was split at"
                 raise DataError(f"{where}: {found} the comma, as there is no file of the whole name")
-    if not isinstance(images, list) or not all(map(_is_picture, images)):
+    if not isinstance(images, list) or not all(isinstance(image, str | bytes) for image in images):
         raise DataError(f"{where}: 'image' must be a path or a list of paths, found {reprlib.repr(images)}")
+    if any(isinstance(image, str) and "\0" in image for image in images):  # it would be taken for a place
+        raise DataError(f"{where}: no path can have a NUL character: {reprlib.repr(images)}")
     if fetched := [image for image in images if str(image).startswith(("http://", "https://"))]:
         raise DataError(f"{where}: no picture is fetched from the network, expected a path: {fetched[0]!r}")
     return images
-
-
-def _is_picture(image: object) -> bool:
-    return isinstance(image, bytes) or (isinstance(image, str) and "\0" not in image)
 
 
 def _refuse_pictures(entry: dict, where: str) -> None:

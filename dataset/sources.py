@@ -1,26 +1,70 @@
-"""Files -> raw rows: JSONL, JSON or Parquet, told apart by content. What a row means is layouts.py's."""
+"""What --data_path names -> files -> raw rows: JSONL, JSON or Parquet, told apart by content.
+
+What a row means is layouts.py's.
+"""
 
 import codecs
 import contextlib
 import itertools
 import json
+import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from huggingface_hub import snapshot_download
 
 from dataset.errors import DataError
 from dataset.picture_store import PictureStore
 from model.pictures import first_line
 
+log = logging.getLogger(__name__)
 NOT_ROWS = {b"\x1f\x8b": "gzip", b"PK\3\4": "zip", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+ROW_FILES = "[!.]*.parquet", "[!.]*.jsonl", "[!.]*.json"
+FETCHED = "parquet jsonl json jpg jpeg png webp gif bmp tif tiff avif jp2".split()
+HUB = re.compile(r"hf:/+datasets/([^/@]+/[^/@]+)(?:@([^/]+))?/?(.*)")  # a Path has one slash of two
+OTHER_SPLIT = re.compile(r"(?:^|[^a-z])(?:test|validation|valid|val|dev|eval)(?:[^a-z]|$)", re.IGNORECASE)
 PARQUET, HEAD_BYTES = b"PAR1", 4096
 ROWS = 1000  # of Parquet that are Python objects at a time
 SMALL_GROUP_BYTES = 2**28  # of its pictures: such a row group's dictionary may be in memory
 
 Rows = Iterator[tuple[str, Any]]
+
+
+def find_files(path: Path) -> list[Path]:
+    """`path` itself, or the files of a folder or of `hf://datasets/OWNER/NAME[@REVISION][/FOLDER]`: those
+    named metadata.jsonl, else Parquet, else JSONL, else JSON. Files of other splits are left out.
+
+    DataError where the data set cannot be fetched.
+    """
+    if on_hub := HUB.fullmatch(str(path)):
+        path = _fetch(*on_hub.groups(default=""))
+    if not path.is_dir():
+        return [path]
+    for pattern in ("metadata.jsonl", *ROW_FILES):
+        if found := sorted(path.rglob(pattern)):
+            other = [file for file in found if OTHER_SPLIT.search(str(file.relative_to(path)))]
+            learnt = [file for file in found if file not in other] or found
+            if len(learnt) < len(found):
+                names = ", ".join(map(file_name, other))
+                log.info("%s: files of other splits are left out: %s", path, names)
+            return learnt
+    return [path]  # to be told what it is
+
+
+def _fetch(repository: str, revision: str, folder: str) -> Path:
+    """A data set from the hub, in its cache."""
+    asked = {"repo_type": "dataset", "revision": revision or None}
+    try:
+        found = snapshot_download(repository, **asked, allow_patterns=[f"{folder}*.{s}" for s in FETCHED])
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"hf://datasets/{repository} cannot be fetched ({reason})") from None
+    log.info("hf://datasets/%s: revision %s", repository, Path(found).name)
+    return Path(found, folder)
 
 
 def check_file(path: Path) -> None:
@@ -41,9 +85,11 @@ def check_file(path: Path) -> None:
 def raw_rows(path: Path, store: PictureStore) -> Rows:
     """`(file:line, row)` of JSON Lines, `(file[index], row)` of a JSON list or of Parquet, whose pictures go
     to `store`."""
-    name = path.name.encode(errors="backslashreplace").decode()
-    is_parquet = _head(path).startswith(PARQUET)
-    return _parquet_rows(path, name, store) if is_parquet else _json_rows(path, name)
+    return _parquet_rows(path, store) if _head(path).startswith(PARQUET) else _json_rows(path)
+
+
+def file_name(path: Path) -> str:
+    return path.name.encode(errors="backslashreplace").decode()
 
 
 def _head(path: Path) -> bytes:
@@ -51,8 +97,9 @@ def _head(path: Path) -> bytes:
         return file.read(HEAD_BYTES)
 
 
-def _json_rows(path: Path, name: str) -> Rows:
-    where, head = name, _head(path)
+def _json_rows(path: Path) -> Rows:
+    where = name = file_name(path)
+    head = _head(path)
     with path.open("rb") as file:  # a line ends at b"\n" alone; json decodes it
         file.seek(len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0)
         try:
@@ -68,8 +115,8 @@ def _json_rows(path: Path, name: str) -> Rows:
             raise DataError(f"{where}: not JSON ({error}), {expected}") from None
 
 
-def _parquet_rows(path: Path, name: str, store: PictureStore) -> Rows:
-    index = 0
+def _parquet_rows(path: Path, store: PictureStore) -> Rows:
+    name, index = file_name(path), 0
     for batch in _batches(path):
         columns = [store.without_pictures(column) for column in batch.columns]
         table = pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
@@ -100,7 +147,7 @@ def _parquet_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path.name}: Parquet that cannot be read ({first_line(error)})") from None
+        raise DataError(f"{file_name(path)}: Parquet that cannot be read ({first_line(error)})") from None
 
 
 def picture_columns(path: Path) -> tuple[list[str], list[int]]:

@@ -56,10 +56,9 @@ class VLMDataset(Dataset):
         images_path: Path | None = None,
     ):
         self.processor, self.max_length = processor, max_length
-        self.images_root = str(images_path.resolve()) if images_path else ""
         self.features: FeatureCache | None = None  # set it to read features instead of pictures
         self.rows = load_rows(paths, images_path)
-        self.store = store_of(self.rows)
+        self.places = str(images_path.resolve()) if images_path else "", store_of(self.rows)
         arguments = {"tokenizer": processor.tokenizer, "system_tokens": _default_system_tokens(processor)}
         self.tokens = self.rows.map(
             _count_tokens,
@@ -76,10 +75,7 @@ class VLMDataset(Dataset):
     def image_paths(self) -> Iterator[tuple[str, str]]:
         """(path, or store and place; row it stands in) of every image of every row."""
         for row in self.rows.select_columns(["images", "where"]):
-            yield from ((path, row["where"]) for path in self._paths(row["images"]))
-
-    def _paths(self, images: list[str]) -> list[str]:
-        return [resolve_image(image, self.images_root, self.store) for image in images]
+            yield from ((resolve_image(image, *self.places), row["where"]) for image in row["images"])
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -113,7 +109,7 @@ class VLMDataset(Dataset):
     def _sample(self, row: dict, pictures: dict[str, torch.Tensor]) -> Sample:
         image = self.processor.placeholder_id, self.processor.tokens_per_image
         input_ids, labels, kept = cut(*self._encode(row), self.max_length, *image)
-        paths = self._paths(row["images"][:kept])
+        paths = [resolve_image(image, *self.places) for image in row["images"][:kept]]
         sample = Sample(input_ids, labels, images=paths, where=row["where"])
         if not paths:
             return sample

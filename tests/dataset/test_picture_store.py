@@ -99,7 +99,7 @@ def test_features_of_a_stored_picture_are_those_of_its_file(contents, data, tmp_
 
 def test_a_store_that_is_gone_names_row_and_picture(contents, tmp_path, processor):
     samples = VLMDataset([write_table(tmp_path / "x.parquet", contents)], processor, 512)
-    Path(samples.store).unlink()
+    Path(store_of(samples.rows)).unlink()
     with pytest.raises(DataError, match=r"x.parquet\[3\]: cannot read image of \S+ bytes \(.*No such file"):
         samples[3]
 

@@ -415,6 +415,21 @@ def test_a_file_is_read_by_its_content(name, odd, weight, tmp_path, call):
     assert json.loads((tmp_path / "r.json").read_text())["n"] == (rows or FINE_FILES[name].count(b"A thing."))
 
 
+@pytest.mark.parametrize("cached", [False, True], ids=["pictures", "features"])
+def test_training_reads_parquet_and_lists_a_picture_that_is_broken(tmp_path, call, cached):
+    pictures = [picture_file(), picture_file() if cached else b"", picture_file()]
+    (tmp_path / "x.parquet").write_bytes(parquet(**ROWS | {"image_bytes": pictures}))
+    cache = ["--cache_features", tmp_path / "features"] if cached else []
+    arguments = [*training(tmp_path, tmp_path / "x.parquet", tmp_path / "out"), *cache]
+    code, _, errors = call(train_pretrain_vlm.main, *arguments)
+    assert code == 0 and not errors
+    run_dir = tmp_path / "out/runs/pretrain_vlm_64"
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert (summary["rows"], summary["skipped_rows"]) == ((3, 0) if cached else (2, 1))
+    listed = (run_dir / "bad_samples.jsonl").read_text() if not cached else ""
+    assert cached or f"x.parquet[1]: cannot read image of 0 bytes ({NO_PICTURE}" in listed
+
+
 def test_scoring_names_the_row_of_a_stored_picture_that_is_broken(weight, tmp_path, call):
     made = parquet(**ROWS | {"image_bytes": [picture_file(), b"", picture_file()[:50]]})
     (tmp_path / "x.parquet").write_bytes(made)

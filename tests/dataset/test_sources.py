@@ -1,0 +1,134 @@
+"""What --data_path may name besides a file: a folder, an imagefolder, a data set of the hub."""
+
+import io
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT, write_rows
+from hub_stub import COMMIT, HubStub
+
+from dataset.errors import DataError
+from dataset.rows import load_rows
+
+
+def made(*texts: str) -> bytes:
+    file = io.BytesIO()
+    pq.write_table(pa.table({"text": list(texts)}), file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (["a.parquet", "b.jsonl"], ["a.parquet[0]"]),
+        (["data/train-1.parquet", "data/train-0.parquet"], ["train-0.parquet[0]", "train-1.parquet[0]"]),
+        (["b.jsonl", "info.json"], ["b.jsonl:1"]),
+        (["b.json", ".hidden.json", "notes.txt"], ["b.json:1"]),
+        (["x/metadata.jsonl", "a.parquet"], ["metadata.jsonl:1"]),
+        (["test-0.parquet"], ["test-0.parquet[0]"]),
+        (["train.jsonl", "latest.jsonl"], ["latest.jsonl:1", "train.jsonl:1"]),
+    ],
+    ids=[
+        "Parquet first",
+        "below",
+        "JSONL before JSON",
+        "others",
+        "imagefolder",
+        "one split",
+        "parts of words",
+    ],
+)
+def test_a_folder_stands_for_its_files(tmp_path, files, expected):
+    for name in files:
+        (path := tmp_path / name).parent.mkdir(exist_ok=True)
+        path.write_bytes(made("x") if name.endswith(".parquet") else b'{"text": "x"}\n')
+    assert load_rows([tmp_path])["where"][:] == expected
+
+
+def test_other_splits_of_a_folder_are_left_out_and_named(tmp_path, caplog):
+    for name in ("train-00000-of-00001", "test-00000-of-00001", "validation-00000-of-00001"):
+        (tmp_path / f"{name}.parquet").write_bytes(made(name))
+    with caplog.at_level(logging.INFO):
+        assert load_rows([tmp_path])["contents"][:] == [["train-00000-of-00001"]]
+    left = "test-00000-of-00001.parquet, validation-00000-of-00001.parquet"
+    assert f"{tmp_path}: files of other splits are left out: {left}" in caplog.messages
+
+
+def test_captions_of_an_imagefolder_answer_a_turn_of_the_picture(data):
+    write_rows(data / "images/metadata.jsonl", [{"file_name": "3.png", "text": "A tree."}])
+    row = load_rows([data / "images"])[0]
+    assert row["images"] == [str(data / "images/3.png")]
+    assert (row["roles"], row["contents"]) == (["user", "assistant"], ["<image>", "A tree."])
+
+
+def test_a_picture_of_an_imagefolder_that_is_missing_is_named(data):
+    write_rows(data / "images/metadata.jsonl", [{"file_name": "gone.png", "text": "A tree."}])
+    with pytest.raises(DataError, match=r"metadata.jsonl:1: image '.*gone.png' not found"):
+        load_rows([data / "images"])
+
+
+READ = """
+import sys, logging
+from pathlib import Path
+from dataset.errors import DataError
+from dataset.rows import load_rows
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+try:
+    print(load_rows([Path(sys.argv[1])])["where"][:])
+except DataError as error:
+    print("error:", error)
+"""
+
+
+def read(name: str, hub: HubStub, home: Path, **env: str) -> tuple[str, str]:
+    """What a process of its own reads, and its log."""
+    own = {
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HOME": str(home),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    env = os.environ | own | {"HF_DATASETS_CACHE": str(home / "tables")} | env
+    done = subprocess.run(
+        [sys.executable, "-c", READ, name], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert "Traceback" not in done.stderr
+    return done.stdout.strip(), done.stderr
+
+
+def test_a_data_set_of_the_hub_is_fetched_once_and_read(tmp_path):
+    files = {
+        "data/train-0.parquet": made("x"),
+        "other/a.parquet": made("y"),
+        "README.md": b"",
+        "big.zip": b"PK",
+    }
+    with HubStub(datasets={"owner/name": files}) as hub:
+        found, log = read("hf://datasets/owner/name/data", hub, tmp_path)
+        assert found == "['train-0.parquet[0]']" and f"hf://datasets/owner/name: revision {COMMIT}" in log
+        assert hub.fetched() == ["train-0.parquet"]
+        assert read("hf://datasets/owner/name/data", hub, tmp_path)[0] == found
+        assert hub.fetched() == ["train-0.parquet"]
+        assert read("hf://datasets/owner/name/data", hub, tmp_path, HF_HUB_OFFLINE="1")[0] == found
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("hf://datasets/owner/none", "error: hf://datasets/owner/none cannot be fetched ("),
+        ("hf://datasets/owner/gated", "error: hf://datasets/owner/gated cannot be fetched ("),
+        ("hf://datasets/owner/name/data", "error: "),
+    ],
+)
+def test_a_data_set_that_cannot_be_had_is_named(tmp_path, name, message):
+    with HubStub(
+        datasets={"owner/gated": {"a.parquet": made("x")}, "owner/name": {}}, gated={"owner/gated"}
+    ) as hub:
+        found, _ = read(name, hub, tmp_path)
+    assert found.startswith(message) and "\n" not in found
