@@ -1,6 +1,6 @@
 """Rows as people publish them -> rows of our form, a function for each layout; rows.py checks what they hold.
 
-A picture is a path, a data: URL or, where it stands in the file, `bytes`: its place in the store.
+A picture is a path, a data: URL or, where it stands in the file, `bytes`.
 """
 
 import json

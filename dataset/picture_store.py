@@ -10,10 +10,6 @@ import io
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-
 from dataset.files import sha256_of
 
 
@@ -24,35 +20,13 @@ class PictureStore:
         self.file = file
         self.places: dict[bytes, str] = {}  # by digest
 
-    def add(self, content: bytes | pa.Buffer) -> str:
+    def add(self, content: bytes) -> str:
         """The picture's place."""
         digest = hashlib.sha256(content).digest()
         if digest not in self.places:
             self.places[digest] = f"\0{self.file.tell()}:{len(content)}"
             self.file.write(content)
         return self.places[digest]
-
-    def without_pictures(self, array: pa.Array) -> pa.Array:
-        """A column, or a part of a nested one, with each picture's place instead of its bytes, as bytes."""
-        kind = array.type
-        if pa.types.is_dictionary(kind):
-            return pa.DictionaryArray.from_arrays(array.indices, self.without_pictures(array.dictionary))
-        if pa.types.is_struct(kind):
-            parts = [self.without_pictures(array.field(i)) for i in range(kind.num_fields)]
-            return pa.StructArray.from_arrays(parts, kind.names, mask=array.is_null())
-        if pa.types.is_fixed_size_list(kind):
-            return self.without_pictures(array.cast(pa.list_(kind.value_type)))
-        if pa.types.is_list(kind) or pa.types.is_large_list(kind):  # it may be a slice of a longer array
-            ends = np.cumsum([0, *pc.fill_null(array.value_lengths(), 0).to_pylist()])
-            values = self.without_pictures(array.flatten())
-            return type(array).from_arrays(pa.array(ends), values, mask=array.is_null())
-        if any(is_kind(kind) for is_kind in BINARY):
-            places = [self.add(value.as_buffer()).encode() if value.is_valid else None for value in array]
-            return pa.array(places, pa.binary())
-        return array
-
-
-BINARY = pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary
 
 
 def picture_file(picture: str) -> str | io.BytesIO:

@@ -29,7 +29,7 @@ from dataset.errors import DataError
 from dataset.files import flush_folder, sha256_of
 from dataset.layouts import our_row
 from dataset.picture_store import PictureStore
-from dataset.sources import ROWS, check_file, file_name, find_files, picture_bytes, raw_rows
+from dataset.sources import check_file, file_name, find_files, picture_bytes, raw_rows
 from model.processing_vlm import IMAGE_MARKER, ROLES
 
 log = logging.getLogger(__name__)
@@ -48,6 +48,7 @@ PICTURE_KEYS = (  # other names of what 'image' holds, and what cannot be traine
     "photos pixel_values media video videos video_path video_url audio audios audio_path audio_url"
 ).split()
 CODE = "rows", "sources", "layouts", "picture_store"  # what decides how a file is read
+ROWS = 1000  # that are written at a time
 STAT_THREADS, STAT_NAMES = 16, 20_000  # names in memory at a time
 TABLE, STORE, ABOUT = "rows.arrow", "pictures", "about.json"  # in a folder that is there whole or not at all
 
@@ -100,7 +101,7 @@ def _build(folder: Path, files: list[Path], images_root: str) -> list[str]:
         shutil.rmtree(left, ignore_errors=True)
     building.mkdir()
     try:
-        if (needed := picture_bytes(files)) > (free := shutil.disk_usage(building).free):
+        if (needed := sum(map(picture_bytes, files))) > (free := shutil.disk_usage(building).free):
             found = f"need up to {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
             raise OSError(f"the pictures inside {', '.join(map(file_name, files))} {found}")
         lines: list[str] = []
@@ -159,7 +160,7 @@ def _read(files: list[Path], images_root: str, store: PictureStore, lines: list[
     """The rows of `files`; says in `lines` what each file has."""
     for file in files:
         counts: Counter[tuple[str, bool]] = Counter()  # of layouts, with and without pictures
-        for where, raw in raw_rows(file, store):
+        for where, raw in raw_rows(file):
             layout, row = our_row(raw, where, file.parent)
             row = normalise_row(row, where, images_root)
             row["images"] = [_stored(image, where, store) for image in row["images"]]
@@ -176,11 +177,10 @@ def _read(files: list[Path], images_root: str, store: PictureStore, lines: list[
 
 def _stored(image: str | bytes, where: str, store: PictureStore) -> str:
     """The path of a picture, or its place in the store."""
-    image = image.decode() if isinstance(image, bytes) else image
-    if not image.startswith("data:"):
-        return image
     try:
-        return store.add(base64.b64decode(image.partition(",")[2], validate=True))
+        if isinstance(image, str) and image.startswith("data:"):
+            image = base64.b64decode(image.partition(",")[2], validate=True)
+        return store.add(image) if isinstance(image, bytes) else image
     except ValueError as error:
         raise DataError(f"{where}: cannot read image {reprlib.repr(image)} ({error})") from None
 
@@ -214,7 +214,7 @@ def _images(row: dict, where: str, images_root: str | None) -> list[str | bytes]
         return []
     if (row.get("images") or images) != images:
         raise DataError(f"{where}: has both 'image' and 'images', and they differ")
-    if isinstance(images, bytes) or str(images).startswith("data:"):
+    if isinstance(images, bytes) or (isinstance(images, str) and images.startswith("data:")):
         images = [images]
     if isinstance(images, str):
         whole, images = images.strip(), [name.strip() for name in images.split(",") if name.strip()]
@@ -226,10 +226,11 @@ def _images(row: dict, where: str, images_root: str | None) -> list[str | bytes]
                 raise DataError(f"{where}: {found} the comma, as there is no file of the whole name")
     if not isinstance(images, list) or not all(isinstance(image, str | bytes) for image in images):
         raise DataError(f"{where}: 'image' must be a path or a list of paths, found {reprlib.repr(images)}")
-    if any(isinstance(image, str) and "\0" in image for image in images):  # it would be taken for a place
-        raise DataError(f"{where}: no path can have a NUL character: {reprlib.repr(images)}")
-    if fetched := [image for image in images if str(image).startswith(("http://", "https://"))]:
-        raise DataError(f"{where}: no picture is fetched from the network, expected a path: {fetched[0]!r}")
+    for name in (image for image in images if isinstance(image, str)):
+        if "\0" in name:  # it would be taken for a place in the store
+            raise DataError(f"{where}: no path can have a NUL character: {reprlib.repr(images)}")
+        if name.startswith(("http://", "https://")):
+            raise DataError(f"{where}: no picture is fetched from the network, expected a path: {name!r}")
     return images
 
 

@@ -4,7 +4,6 @@ What a row means is layouts.py's.
 """
 
 import codecs
-import contextlib
 import itertools
 import json
 import logging
@@ -18,7 +17,6 @@ import pyarrow.parquet as pq
 from huggingface_hub import snapshot_download
 
 from dataset.errors import DataError
-from dataset.picture_store import PictureStore
 from model.pictures import first_line
 
 log = logging.getLogger(__name__)
@@ -28,8 +26,7 @@ FETCHED = "parquet jsonl json jpg jpeg png webp gif bmp tif tiff avif jp2".split
 HUB = re.compile(r"hf:/+datasets/([^/@]+/[^/@]+)(?:@([^/]+))?/?(.*)")  # a Path has one slash of two
 OTHER_SPLIT = re.compile(r"(?:^|[^a-z])(?:test|validation|valid|val|dev|eval)(?:[^a-z]|$)", re.IGNORECASE)
 PARQUET, HEAD_BYTES = b"PAR1", 4096
-ROWS = 1000  # of Parquet that are Python objects at a time
-SMALL_GROUP_BYTES = 2**28  # of its pictures: such a row group's dictionary may be in memory
+PARQUET_ROWS, BUFFER_BYTES = 64, 2**20  # in memory at a time
 
 Rows = Iterator[tuple[str, Any]]
 
@@ -82,10 +79,9 @@ def check_file(path: Path) -> None:
         raise DataError(f"{path} {found}, expected a JSONL or JSON file in UTF-8, or Parquet")
 
 
-def raw_rows(path: Path, store: PictureStore) -> Rows:
-    """`(file:line, row)` of JSON Lines, `(file[index], row)` of a JSON list or of Parquet, whose pictures go
-    to `store`."""
-    return _parquet_rows(path, store) if _head(path).startswith(PARQUET) else _json_rows(path)
+def raw_rows(path: Path) -> Rows:
+    """`(file:line, row)` of JSON Lines, `(file[index], row)` of a JSON list or of Parquet."""
+    return _parquet_rows(path) if _head(path).startswith(PARQUET) else _json_rows(path)
 
 
 def file_name(path: Path) -> str:
@@ -115,54 +111,34 @@ def _json_rows(path: Path) -> Rows:
             raise DataError(f"{where}: not JSON ({error}), {expected}") from None
 
 
-def _parquet_rows(path: Path, store: PictureStore) -> Rows:
+def _parquet_rows(path: Path) -> Rows:
+    """A few rows at a time, as each has its pictures: dictionaries keep them once, memory does not."""
     name, index = file_name(path), 0
-    for batch in _batches(path):
-        columns = [store.without_pictures(column) for column in batch.columns]
-        table = pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
-        for start in range(0, len(table), ROWS):
-            try:
-                rows = table.slice(start, ROWS).to_pylist()
-            except (ValueError, OverflowError) as error:  # text that is not UTF-8, a date far away
-                raise DataError(
-                    f"{name}: among the {ROWS} rows from [{index}]: {first_line(error)}"
-                ) from None
-            for row in rows:
-                yield f"{name}[{index}]", row
-                index += 1
-
-
-def _batches(path: Path) -> Iterator[pa.RecordBatch]:
-    """Of one row group each. A group's dictionary keeps each picture once, but is copied into each batch."""
-    leaves, groups = picture_columns(path)
-    small = max(groups, default=0) <= SMALL_GROUP_BYTES
-    with _parquet_errors(path):
-        file = pq.ParquetFile(path, read_dictionary=leaves if small else [])
-        for group in range(file.num_row_groups):
-            yield from file.iter_batches(32 * ROWS if small else ROWS, row_groups=[group])
-
-
-@contextlib.contextmanager
-def _parquet_errors(path: Path) -> Iterator[None]:
     try:
-        yield
+        file = pq.ParquetFile(path, buffer_size=BUFFER_BYTES)
+        for group in range(file.num_row_groups):  # or the reader keeps what it needed for the groups before
+            for batch in file.iter_batches(PARQUET_ROWS, row_groups=[group]):
+                for row in batch.to_pylist():
+                    yield f"{name}[{index}]", row
+                    index += 1
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{name}: Parquet that cannot be read ({first_line(error)})") from None
+    except (ValueError, OverflowError) as error:  # text that is not UTF-8, a date far away
+        found = f"among the {PARQUET_ROWS} rows from [{index}]: {first_line(error)}"
+        raise DataError(f"{name}: {found}") from None
+
+
+def picture_bytes(path: Path) -> int:
+    """The most that the pictures inside a file can take: its bytes as they are encoded, which has each one
+    once where the writer kept a dictionary."""
+    if not _head(path).startswith(PARQUET):
+        return 0
+    try:
+        about = pq.read_metadata(path)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{file_name(path)}: Parquet that cannot be read ({first_line(error)})") from None
-
-
-def picture_columns(path: Path) -> tuple[list[str], list[int]]:
-    """The columns that hold bytes, and how many these are in each row group: of the distinct ones, as long as
-    the writer kept a dictionary."""
-    with _parquet_errors(path):
-        file = pq.ParquetFile(path)
-    leaves = [file.schema.column(i) for i in range(len(file.schema))]
+    leaves = [about.schema.column(i) for i in range(about.num_columns)]
     binary = [leaf.physical_type == "BYTE_ARRAY" and leaf.logical_type.type == "NONE" for leaf in leaves]
-    groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
-    picked = list(itertools.compress(range(len(leaves)), binary))
-    sizes = [sum(group.column(i).total_uncompressed_size for i in picked) for group in groups]
-    return [leaves[i].path for i in picked], sizes
-
-
-def picture_bytes(files: list[Path]) -> int:
-    """The most that the pictures inside `files` can take."""
-    return sum(sum(picture_columns(path)[1]) for path in files if _head(path).startswith(PARQUET))
+    columns = list(itertools.compress(range(about.num_columns), binary))
+    groups = [about.row_group(i) for i in range(about.num_row_groups)]
+    return sum(group.column(i).total_uncompressed_size for group in groups for i in columns)

@@ -102,8 +102,6 @@ class _Handler(BaseHTTPRequestHandler):
         return files
 
     def _answer_listing(self, path: str, with_sizes: bool) -> None:
-        if "/tree/" in path:
-            return self._answer_tree(path.partition("/tree/")[0])
         repository, _, _revision = path.partition("/revision/")
         files = self._find_repository(repository)
         if files is None:
@@ -138,17 +136,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer_json(self, body: dict | list) -> None:
         self._answer(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
-
-    def _answer_tree(self, repository: str) -> None:
-        """All files, as `snapshot_download` asks for them."""
-        files = self._find_repository(repository)
-        if files is None:
-            return
-        tree = [
-            {"type": "file", "path": name, "size": len(content), "oid": git_blob_id(content)}
-            for name, content in files.items()
-        ]
-        self._answer(200, json.dumps(tree).encode(), {"Content-Type": "application/json"})
 
     def _answer_file(self, path: str) -> None:
         repository, _, rest = path.partition("/resolve/")

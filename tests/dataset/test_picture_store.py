@@ -48,12 +48,7 @@ def own_tables(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.mark.parametrize("options", [{}, {"use_dictionary": False}], ids=["dictionary", "plain"])
-@pytest.mark.parametrize("small_groups", [2**28, 0], ids=["dictionaries in memory", "streamed"])
-def test_a_picture_is_kept_once_however_often_it_is_shown(
-    contents, tmp_path, monkeypatch, options, small_groups
-):
-    monkeypatch.setattr("dataset.sources.SMALL_GROUP_BYTES", small_groups)
-    monkeypatch.setattr("dataset.sources.ROWS", 30)
+def test_a_picture_is_kept_once_however_often_it_is_shown(contents, tmp_path, options):
     path = write_table(tmp_path / "x.parquet", [contents[i % 8] for i in range(200)], **options)
     rows = load_rows([path, write_table(tmp_path / "y.parquet", contents[:2])])
     store = Path(store_of(rows)).read_bytes()

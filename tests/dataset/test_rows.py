@@ -239,7 +239,7 @@ def test_what_was_expected_is_said_of_broken_json(tmp_path, content, message):
 def test_lines_are_read_as_a_stream(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", [{"text": "x" * 1000}] * 20_000)
     tracemalloc.start()
-    count = sum(1 for _ in raw_rows(path, None))
+    count = sum(1 for _ in raw_rows(path))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert count == 20_000 and peak < 1e6 < path.stat().st_size
