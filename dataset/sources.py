@@ -7,6 +7,7 @@ import codecs
 import itertools
 import json
 import logging
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,7 +40,7 @@ def find_files(path: Path) -> list[Path]:
     """
     if on_hub := HUB.fullmatch(str(path)):
         path = _fetch(*on_hub.groups(default=""))
-    if not path.is_dir():
+    if not os.path.isdir(path):  # noqa: PTH112 (pathlib's may raise)
         return [path]
     for pattern in ("metadata.jsonl", *ROW_FILES):
         if found := sorted(path.rglob(pattern)):
@@ -56,7 +57,9 @@ def _fetch(repository: str, revision: str, folder: str) -> Path:
     """A data set from the hub, in its cache."""
     asked = {"repo_type": "dataset", "revision": revision or None}
     try:
-        found = snapshot_download(repository, **asked, allow_patterns=[f"{folder}*.{s}" for s in FETCHED])
+        found = snapshot_download(
+            repository, **asked, allow_patterns=[str(Path(folder, f"*.{s}")) for s in FETCHED]
+        )
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"hf://datasets/{repository} cannot be fetched ({reason})") from None
