@@ -199,8 +199,7 @@ def normalise_row(row: dict, where: str, images_root: str | None = None) -> dict
     else:
         roles, contents = _turns(row, len(images), where)
     kind = str(row.get("kind", ""))
-    names = [image for image in images if isinstance(image, str)]
-    for field, values in {"image": names, "kind": [kind], "content": contents}.items():
+    for field, values in {"image": map(str, images), "kind": [kind], "content": contents}.items():
         for value in values:
             if value.encode(errors="ignore").decode() != value:
                 raise DataError(f"{where}: {field!r} has half of a surrogate pair: {reprlib.repr(value)}")

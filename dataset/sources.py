@@ -47,8 +47,7 @@ def find_files(path: Path) -> list[Path]:
             other = [file for file in found if OTHER_SPLIT.search(str(file.relative_to(path)))]
             learnt = [file for file in found if file not in other] or found
             if len(learnt) < len(found):
-                names = ", ".join(map(file_name, other))
-                log.info("%s: files of other splits are left out: %s", path, names)
+                log.info("%s: files of other splits are left out: %s", path, ", ".join(map(file_name, other)))
             return learnt
     return [path]  # to be told what it is
 
