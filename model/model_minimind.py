@@ -138,9 +138,10 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         super()._init_weights(module)  # normal with 0.02, biases zero, norms one
         if isinstance(module, MiniMindModel):
             # Not in any file, and without content after a construction on the meta device.
-            cos, sin = rope_tables(self.config)
-            init.copy_(module.freqs_cos, cos)
-            init.copy_(module.freqs_sin, sin)
+            for buffer, table in zip(
+                (module.freqs_cos, module.freqs_sin), rope_tables(self.config), strict=True
+            ):
+                init.copy_(buffer, table)
 
     @capture_outputs
     def forward(
@@ -319,9 +320,8 @@ class Attention(nn.Module):
         self.layer_index = layer_index
         self.head_dim = config.head_dim
         self.groups = config.num_attention_heads // config.num_key_value_heads
-        q_size, kv_size = (
-            n * self.head_dim for n in (config.num_attention_heads, config.num_key_value_heads)
-        )
+        q_size = config.num_attention_heads * self.head_dim
+        kv_size = config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, q_size, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
@@ -481,11 +481,9 @@ def matmul_dtype(states: torch.Tensor) -> torch.dtype:
 
 def supervised_positions(labels: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
     """Of labels (B, T): the flat positions in B * T whose next label counts (N,), and those labels (N,)."""
-    targets = labels[:, 1:].flatten()  # (B * (T - 1),)
+    targets = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()  # (B * T,)
     positions = (targets != -100).nonzero().squeeze(1)  # (N,)
-    # Position p of the shortened rows is position p + row of the full ones.
-    rows = positions.div(max(labels.shape[1] - 1, 1), rounding_mode="floor")
-    return positions + rows, targets[positions]
+    return positions, targets[positions]
 
 
 def select(hidden: torch.Tensor, positions: torch.LongTensor) -> torch.Tensor:
@@ -524,10 +522,8 @@ def yarn_frequencies(inverse: torch.Tensor, config: MiniMindConfig) -> torch.Ten
         length = yarn["original_max_position_embeddings"] / (2 * math.pi * turns)
         return pairs * math.log(length) / math.log(config.rope_theta)
 
-    low, high = (
-        max(math.floor(pair(yarn["beta_fast"])), 0),
-        min(math.ceil(pair(yarn["beta_slow"])), pairs - 1),
-    )
+    low = max(math.floor(pair(yarn["beta_fast"])), 0)
+    high = min(math.ceil(pair(yarn["beta_slow"])), pairs - 1)
     ramp = ((torch.arange(pairs) - low) / max(high - low, 0.001)).clamp(0, 1)  # (D / 2,)
     return inverse * (1 - ramp + ramp / yarn["factor"])
 

@@ -21,7 +21,6 @@ from .pictures import first_line, to_rgb
 
 # Compared by identity: an equal path that the caller wrote counts as given explicitly.
 _DEFAULT_PATH = "./model/vision_model/clip-vit-base-patch16"
-_IMAGE_INPUTS = ("pixel_values", "image_features", "image_counts")
 
 
 class VLMConfig(MiniMindConfig):
@@ -85,7 +84,13 @@ class MiniMindVLM(MiniMindForCausalLM):
         weights then from a state dict), else from the default path; None without `vision_config`: none."""
         super().__init__(params)
         self.params = self.config
-        self.vision_encoder, self.processor = self._resolve_encoder(vision_model_path)
+        self.vision_encoder = self.processor = None
+        is_given = vision_model_path is not None and vision_model_path is not _DEFAULT_PATH
+        if not is_given and self.config.vision_config is not None:
+            self.vision_encoder = AutoModel.from_config(self.config.vision_config)
+        # from_pretrained builds on the meta device, where no file may be read.
+        elif is_given or (vision_model_path and torch.get_default_device().type != "meta"):
+            self.vision_encoder, self.processor = self.get_vision_model(vision_model_path)
         vision_size = 768
         if self.vision_encoder is not None:
             self.config.vision_config = vision_config = self.vision_encoder.config
@@ -98,15 +103,6 @@ class MiniMindVLM(MiniMindForCausalLM):
         self.vision_proj = PROJECTORS[self.config.projector](vision_size, self.config.hidden_size)
         self.post_init()
         self.train(self.training)
-
-    def _resolve_encoder(self, path: str | Path | None) -> tuple[PreTrainedModel | None, object | None]:
-        is_given = path is not None and path is not _DEFAULT_PATH
-        if not is_given and self.config.vision_config is not None:
-            return AutoModel.from_config(self.config.vision_config), None
-        # from_pretrained builds on the meta device, where no file may be read.
-        if path is None or (not is_given and torch.get_default_device().type == "meta"):
-            return None, None
-        return self.get_vision_model(path)
 
     @staticmethod
     def get_vision_model(model_path: str | Path) -> tuple[PreTrainedModel, object]:
@@ -159,7 +155,14 @@ class MiniMindVLM(MiniMindForCausalLM):
         """
         with torch.no_grad(), torch.autocast(pixel_values.device.type, enabled=False):
             states = vision_model(pixel_values=pixel_values.to(vision_model.dtype)).last_hidden_state
-        return _patches(states, vision_model.config, pixel_values)
+        config = vision_model.config
+        patches, registers = patch_count(config, pixel_values), getattr(config, "num_register_tokens", 0)
+        if states.shape[1] not in (patches, patches + 1 + registers):
+            raise ValueError(
+                f"the encoder gave {states.shape[1]} tokens for an image of {patches} patches; "
+                f"only a class token and {registers} registers can be dropped"
+            )
+        return states[:, -patches:]
 
     def train(self, mode: bool = True) -> "MiniMindVLM":
         super().train(mode)
@@ -247,18 +250,15 @@ class MiniMindVLM(MiniMindForCausalLM):
         images = images[real]  # (images, ...)
         if image_features is not None:
             return images, image_counts
-        if first_image is None:
-            return self._encode(images), image_counts
-        first, picture = first_image.unique(return_inverse=True)  # (pictures,), (images,)
-        return self._encode(images[first])[picture], image_counts
-
-    def _encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
         if self.vision_encoder is None:
             raise ValueError("pixel_values were given, but this model was built without a vision encoder")
-        if len(pixel_values) == 0:
+        if len(images) == 0:
             width = self.vision_encoder.config.hidden_size
-            return pixel_values.new_zeros(0, len(self.config.image_ids), width)
-        return self.get_image_embeddings(pixel_values, self.vision_encoder)
+            return images.new_zeros(0, len(self.config.image_ids), width), image_counts
+        if first_image is None:
+            return self.get_image_embeddings(images, self.vision_encoder), image_counts
+        first, picture = first_image.unique(return_inverse=True)  # (pictures,), (images,)
+        return self.get_image_embeddings(images[first], self.vision_encoder)[picture], image_counts
 
     def _insert_features(
         self,
@@ -304,11 +304,10 @@ class MiniMindVLM(MiniMindForCausalLM):
         return placeholder & is_image[run_of_token]
 
     def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, is_first_iteration=is_first_iteration, **kwargs
-        )
+        kwargs["is_first_iteration"] = is_first_iteration
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
         if not is_first_iteration and kwargs.get("use_cache", True):
-            for name in _IMAGE_INPUTS:  # they are in the cache
+            for name in ("pixel_values", "image_features", "image_counts"):  # they are in the cache
                 inputs.pop(name, None)
         return inputs
 
@@ -327,17 +326,6 @@ def patch_count(vision_config: PreTrainedConfig, pixel_values: torch.Tensor | No
         size if isinstance(size, (list, tuple)) else (size, size) for size in sizes
     )
     return (height // patch_height) * (width // patch_width)
-
-
-def _patches(states: torch.Tensor, config: PreTrainedConfig, pixel_values: torch.Tensor) -> torch.Tensor:
-    """The encoder's `states` (B, class token + registers + P, W) without what is no patch: (B, P, W)."""
-    patches, registers = patch_count(config, pixel_values), getattr(config, "num_register_tokens", 0)
-    if states.shape[1] not in (patches, patches + 1 + registers):
-        raise ValueError(
-            f"the encoder gave {states.shape[1]} tokens for an image of {patches} patches; "
-            f"only a class token and {registers} registers can be dropped"
-        )
-    return states[:, -patches:]
 
 
 def _blank_pixels(processor) -> torch.Tensor:
@@ -365,15 +353,11 @@ def load_weights(
     expected = model.state_dict()
     if not all(any(key.startswith("vision_encoder.") for key in keys) for keys in (found, expected)):
         found, expected = without_encoder(found), without_encoder(expected)
-    problems = [
-        f"{key} is missing" for key in expected.keys() - found.keys() if not key.startswith(allow_missing)
-    ]
+    lacking = (key for key in expected.keys() - found.keys() if not key.startswith(allow_missing))
+    both = ((key, tuple(found[key].shape), tuple(expected[key].shape)) for key in expected.keys() & found)
+    problems = [f"{key} is missing" for key in lacking]
     problems += [f"{key} is unexpected" for key in found.keys() - expected.keys()]
-    problems += [
-        f"{key} has shape {tuple(found[key].shape)}, expected {tuple(expected[key].shape)}"
-        for key in expected.keys() & found.keys()
-        if found[key].shape != expected[key].shape
-    ]
+    problems += [f"{key} has shape {has}, expected {wants}" for key, has, wants in both if has != wants]
     if problems:
         problems.sort()
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""

@@ -116,7 +116,8 @@ class MiniMindVLMProcessor(ProcessorMixin):
         rendering |= {"chat_template": template, "add_generation_prompt": add_generation_prompt}
         rendering["continue_final_message"] = continue_final_message
         conversations, is_batched = self._normalize_conversations(conversation)
-        images = [self._pictures_inside(messages) for messages in conversations]
+        keys = ("image", "url", "path", "base64")
+        images = [[part[k] for part in _image_parts(m) for k in keys if k in part] for m in conversations]
         options = {"return_tensors": return_tensors, **kwargs, **(processor_kwargs or {})}
         if (given := options.pop("images", None)) is not None:
             images = given if is_batched else [given]
@@ -268,11 +269,6 @@ class MiniMindVLMProcessor(ProcessorMixin):
             part, goes_on = learnt[int(pieces[i + 1])] if i < last else ("", False)
 
     @staticmethod
-    def _pictures_inside(messages: Sequence[dict]) -> list:
-        keys = ("image", "url", "path", "base64")
-        return [part[key] for part in _image_parts(messages) for key in keys if key in part]
-
-    @staticmethod
     def _share_out(texts: list[str], images: Any) -> list[list]:
         if images is None:
             return [[] for _ in texts]
@@ -332,6 +328,4 @@ def _checked(given: dict[str, Any]) -> dict[str, Any]:
 def _flat(images: Any) -> list:
     if not isinstance(images, (list, tuple)):
         return [images]
-    return [
-        image for item in images for image in (_flat(item) if isinstance(item, (list, tuple)) else [item])
-    ]
+    return [image for item in images for image in _flat(item)]
