@@ -22,6 +22,7 @@ from model.pictures import first_line
 
 STOP_SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 SAVE_SIGNAL = signal.SIGUSR1  # what schedulers send some time before they end a job
+SIGNALS = (*STOP_SIGNALS, SAVE_SIGNAL)
 SETUP_TIMEOUT = timedelta(hours=2)  # the main process may read and tokenize a large file while others wait
 # If DDP is the last to let go of a group, it joins the group's threads while it holds the interpreter's lock,
 # which they need to end: a deadlock.
@@ -75,12 +76,10 @@ class Runtime:
     @contextlib.contextmanager
     def main_first(self):
         """The main process does what is inside first, the others find its files; if it fails, all end."""
-        if self.is_main:
-            with self.together():
+        with self.together():
+            if self.is_main:
                 yield
-        else:
-            with self.together():
-                pass
+        if not self.is_main:
             yield
 
     @contextlib.contextmanager
@@ -99,34 +98,26 @@ class Runtime:
         kills. SIGUSR1 is noted as the wish for a save."""
 
         def note(signum: int, _frame) -> None:
-            self.stop_code = STOP_SIGNALS[signum]
-            signal.signal(signum, signal.SIG_DFL)
+            if signum == SAVE_SIGNAL:
+                self.save_asked = True
+            else:
+                self.stop_code = STOP_SIGNALS[signum]
+                signal.signal(signum, signal.SIG_DFL)
 
-        def note_save(_signum: int, _frame) -> None:
-            self.save_asked = True
-
-        for signum in STOP_SIGNALS:
+        for signum in SIGNALS:
             signal.signal(signum, note)
-        signal.signal(SAVE_SIGNAL, note_save)
 
 
 @contextlib.contextmanager
 def runtime(device: str | None, seed: int):
     """Joins the process group where `torchrun` started this process, seeds everything, and cleans up.
-
-    UserError for a device that is not there.
-    """
+    UserError for a device that is not there."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     chosen = _device(device)
     if world_size > 1:
-        dist.init_process_group(
-            "nccl" if chosen.type == "cuda" else "gloo",
-            store=_store(),
-            rank=rank,
-            world_size=world_size,
-            timeout=SETUP_TIMEOUT,
-            device_id=chosen if chosen.type == "cuda" else None,
-        )
+        backend, device_id = ("nccl", chosen) if chosen.type == "cuda" else ("gloo", None)
+        ranks = {"rank": rank, "world_size": world_size, "device_id": device_id}
+        dist.init_process_group(backend, store=_store(), timeout=SETUP_TIMEOUT, **ranks)
         _kept_groups.append(dist.group.WORLD)
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002  libraries draw from it
@@ -184,15 +175,15 @@ def autocast(name: str, device: torch.device) -> torch.autocast:
 def ignore_signals(_worker: int) -> None:
     """For data workers: a signal to the process group reaches them too, and only the training process is to
     act on it. They end when it does."""
-    for signum in (*STOP_SIGNALS, SAVE_SIGNAL):
+    for signum in SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {*STOP_SIGNALS, SAVE_SIGNAL})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 @contextlib.contextmanager
 def signals_held():
     """Signals wait until this is left: a data worker must not get one before it ignores them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {*STOP_SIGNALS, SAVE_SIGNAL})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
     finally:
@@ -203,10 +194,8 @@ def explained(error: RuntimeError) -> UserError | None:
     """What the user is told where a process of the run has gone; None for any other error."""
     text = " ".join(str(error).split())
     if "DataLoader worker" in text:
-        return UserError(
-            f"a process that prepares batches was killed, probably for lack of memory: try a smaller "
-            f"--num_workers or --batch_size ({text})"
-        )
+        killed = "a process that prepares batches was killed, probably for lack of memory"
+        return UserError(f"{killed}: try a smaller --num_workers or --batch_size ({text})")
     if isinstance(error, dist.DistError) or "gloo" in text:
         return UserError("lost the other ranks: one has ended, or has not answered within --timeout_seconds")
     return None

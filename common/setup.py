@@ -18,10 +18,7 @@ log = logging.getLogger(__name__)
 transformers.logging.disable_progress_bar()  # weights are there in a blink
 # Where weights do not tell, by their release; download.py puts the published ones there.
 TOKENIZERS = {2: "model/tokenizer", 3: "out/minimind3-tokenizer"}
-ENCODERS = {
-    2: "model/vision_model/clip-vit-base-patch16",
-    3: "model/vision_model/siglip2-base-p32-256-ve",
-}
+ENCODERS = {2: "model/vision_model/clip-vit-base-patch16", 3: "model/vision_model/siglip2-base-p32-256-ve"}
 
 
 def build_vlm(
@@ -76,11 +73,8 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 def load_base(
     model: MiniMindForCausalLM, path: Path, tokenizer: PreTrainedTokenizerBase, tokenizer_asked: bool = False
 ) -> Sidecar:
-    """Loads the `.pth` at `path` into `model`; a projection that the file lacks (an LM's) keeps its fresh
-    weights.
-
-    UserError where sizes or tokenizer do not agree. Returns the file's sidecar.
-    """
+    """Loads the `.pth` at `path` into `model`, and returns its sidecar; a projection that the file lacks (an
+    LM's) keeps its fresh weights. UserError where sizes or tokenizer do not agree."""
     state, sidecar = load_weights_file(path)
     check_tokenizer(sidecar, tokenizer, path, tokenizer_asked)
     check_sizes(sidecar, {name: getattr(model.config, name) for name in SIZES}, path)

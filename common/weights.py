@@ -188,11 +188,8 @@ def config_from_shapes(state: dict[str, torch.Tensor], path: Path) -> dict[str, 
 
     projector = state.get("vision_proj.mlp.0.weight")
     if projector is not None and projector.dim() != 1:
-        shape = tuple(projector.shape)
-        raise UserError(
-            f"{path}: vision_proj.mlp.0.weight has shape {shape}, expected a norm's: a format of April 2026 "
-            "that was published for a few days only"
-        )
+        found = f"vision_proj.mlp.0.weight has shape {tuple(projector.shape)}, expected a norm's"
+        raise UserError(f"{path}: {found}: a format of April 2026 that was published for a few days only")
     use_moe = "model.layers.0.mlp.gate.weight" in state
     mlp = "layers.0.mlp.experts.0" if use_moe else "layers.0.mlp"
     try:
@@ -224,16 +221,15 @@ def translated(config: dict[str, Any]) -> dict[str, Any]:
     config = RELEASE_3 | given.get("rope_parameters", {}) | given
     chosen, tokens = config["num_experts_per_tok"], config["image_token_len"]
     width = 64 * math.ceil(config["hidden_size"] * math.pi / 64)
+    alike = {name: value for name, value in config.items() if name in MiniMindConfig.__annotations__}
+    fixed = {"qk_norm": True, "projector": "mlp", "n_shared_experts": 0, "norm_top1_prob": True}
     return (
-        {name: value for name, value in config.items() if name in MiniMindConfig.__annotations__}
+        alike
         | {
-            "intermediate_size": config.get("intermediate_size", width),
-            "qk_norm": True,
-            "projector": "mlp",
-            "n_routed_experts": config["num_experts"],
-            "n_shared_experts": 0,
-            "norm_top1_prob": True,
+            **fixed,
             "seq_aux": False,
+            "intermediate_size": config.get("intermediate_size", width),
+            "n_routed_experts": config["num_experts"],
             "aux_loss_alpha": config["router_aux_loss_coef"] * chosen,  # their statistic is k times ours
             "rope_scaling": YARN_3 if config["inference_rope_scaling"] else None,
             "image_ids": config["image_ids"][:1] * tokens,

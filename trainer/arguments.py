@@ -6,6 +6,7 @@ A stage's own defaults are set in its script, by a subclass.
 import math
 import os
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 from common.cli import DeviceFlags, check_seed, flag, optional_flag
@@ -14,11 +15,11 @@ from common.weights import SIZES
 
 TRAINABLE = ("proj", "proj_first_last", "proj_last", "proj_attn", "proj_llm")
 CACHE_DTYPES = ("float16", "int8")
-ON_BAD_SAMPLE = ("skip", "error")
 TRACKERS = ("tensorboard", "wandb", "swanlab", "trackio", "none")
 SIZE_FLAGS = [name for name in SIZES if name != "vocab_size"]  # that is the tokenizer's to say
 FOLLOWS = "; if not given: the base's, {} without a base"
 MAX_POSITIONS = 32768  # of MiniMindConfig
+resumable = partial(flag, resumable=True)  # a run that goes on may have another value
 MAY_BE_ZERO = ("num_workers", "warmup_iters", "grad_clip", "max_bad_steps", "seed")
 
 
@@ -36,19 +37,17 @@ def _shown(value: Any) -> str:
 class TrainingFlags(DeviceFlags):
     """Flags of every stage. ValueError names a flag whose value makes no sense."""
 
-    data_path: list[str] = flag(
-        [], "JSONL or JSON files with the rows to train on; several are read in order", resumable=True
+    data_path: list[str] = resumable(
+        [], "JSONL or JSON files with the rows to train on; several are read in order"
     )
-    out_dir: str = flag("out", "folder for weights; metrics go to runs/ in it", resumable=True)
+    out_dir: str = resumable("out", "folder for weights; metrics go to runs/ in it")
     epochs: int = flag(1, "passes over the data")
-    batch_size: int = flag(16, "rows of one micro-batch on one rank", resumable=True)
+    batch_size: int = resumable(16, "rows of one micro-batch on one rank")
     tokens_per_batch: int | None = optional_flag(
         "tokens of one micro-batch on one rank, padding included: as many rows as fit, not --batch_size"
     )
-    pack: bool = flag(
-        False, "put several rows into one sequence of --max_seq_len tokens, if cheaper", resumable=True
-    )
-    accumulation_steps: int = flag(1, "micro-batches for one optimizer step", resumable=True)
+    pack: bool = resumable(False, "put several rows into one sequence of --max_seq_len tokens, if cheaper")
+    accumulation_steps: int = resumable(1, "micro-batches for one optimizer step")
     learning_rate: float = flag(4e-4, "peak learning rate; a cosine brings it down to a tenth")
     warmup_iters: int = flag(0, "optimizer steps of linear warm-up before the cosine")
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0 switches clipping off")
@@ -63,36 +62,36 @@ class TrainingFlags(DeviceFlags):
     num_key_value_heads: int | None = optional_flag("key and value heads" + FOLLOWS.format(2))
     use_moe: bool | None = optional_flag("mixture-of-experts layers" + FOLLOWS.format(False))
     tokenizer_path: str | None = optional_flag("folder of the tokenizer" + FOLLOWS.format(TOKENIZERS[2]))
-    compile: bool = flag(False, "compile the model with torch.compile", resumable=True)
-    activation_checkpointing: bool = flag(
-        False, "recompute activations in the backward pass: less memory, a third slower", resumable=True
+    compile: bool = resumable(False, "compile the model with torch.compile")
+    activation_checkpointing: bool = resumable(
+        False, "recompute activations in the backward pass: less memory, a third slower"
     )
-    num_workers: int = flag(
-        min(8, os.cpu_count() or 1), "processes that prepare batches; 0: none besides this", resumable=True
+    num_workers: int = resumable(
+        min(8, os.cpu_count() or 1), "processes that prepare batches; 0: none besides this"
     )
     seed: int = flag(1337, "seed of initial weights, order and dropout")
-    log_interval: int = flag(100, "optimizer steps between two lines of metrics.jsonl", resumable=True)
-    save_interval: int = flag(1000, "optimizer steps between two saves of weights and state", resumable=True)
-    keep_checkpoints: int = flag(2, "how many of the newest training states stay on the disk", resumable=True)
-    resume: str = flag(
-        "auto", "auto: continue an unfinished run; never: start over; or a checkpoint folder", resumable=True
+    log_interval: int = resumable(100, "optimizer steps between two lines of metrics.jsonl")
+    save_interval: int = resumable(1000, "optimizer steps between two saves of weights and state")
+    keep_checkpoints: int = resumable(2, "how many of the newest training states stay on the disk")
+    resume: str = resumable(
+        "auto", "auto: continue an unfinished run; never: start over; or a checkpoint folder"
     )
-    resume_override: bool = flag(
-        False, "go on even though flags that decide what is learnt have changed", resumable=True
+    resume_override: bool = resumable(
+        False, "go on even though flags that decide what is learnt have changed"
     )
-    eval_data_path: list[str] = flag([], "rows to measure the loss on while training", resumable=True)
-    eval_interval: int = flag(1000, "optimizer steps between two such measurements", resumable=True)
-    on_bad_sample: str = flag(
-        "skip", "rows that are not usable: skip and list them, or end the run", ON_BAD_SAMPLE, resumable=True
+    eval_data_path: list[str] = resumable([], "rows to measure the loss on while training")
+    eval_interval: int = resumable(1000, "optimizer steps between two such measurements")
+    on_bad_sample: str = resumable(
+        "skip", "rows that are not usable: skip and list them, or end the run", ("skip", "error")
     )
-    max_bad_steps: int = flag(10, "steps in a row that may be skipped as not finite", resumable=True)
+    max_bad_steps: int = resumable(10, "steps in a row that may be skipped as not finite")
     loss_spike: float | None = optional_flag("skip steps whose loss is above so many times its mean", True)
-    timeout_seconds: float = flag(1800.0, "how long a rank waits for the others", resumable=True)
-    tracker: str | None = flag(
-        None, "where to send the metrics as well, by the package of that name", TRACKERS, resumable=True
+    timeout_seconds: float = resumable(1800.0, "how long a rank waits for the others")
+    tracker: str | None = resumable(
+        None, "where to send the metrics as well, by the package of that name", TRACKERS
     )
-    use_wandb: bool = flag(False, "old name of --tracker wandb", resumable=True)
-    wandb_project: str = flag("MiniMind-V", "project name for the tracker, whichever it is", resumable=True)
+    use_wandb: bool = resumable(False, "old name of --tracker wandb")
+    wandb_project: str = resumable("MiniMind-V", "project name for the tracker, whichever it is")
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -125,7 +124,7 @@ class TrainingFlags(DeviceFlags):
 class VLMTrainingFlags(TrainingFlags):
     """Flags of the stages that see."""
 
-    images_path: str = flag("", "folder that the rows' relative image paths start from", resumable=True)
+    images_path: str = resumable("", "folder that the rows' relative image paths start from")
     trainable: str = flag("proj_llm", "which weights learn", TRAINABLE)
     vision_model_path: str | None = optional_flag(
         "folder of the frozen image encoder" + FOLLOWS.format(ENCODERS[2])
