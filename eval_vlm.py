@@ -42,7 +42,7 @@ class EvalFlags(ModelFlags):
     )
     prompt: str = flag(DEFAULT_PROMPT, "question about --image or --image_dir")
     chat: bool = flag(False, "talk about pictures in the terminal, beginning with --image; /help tells how")
-    data_path: str | None = flag(None, "JSONL or JSON file whose questions are asked instead")
+    data_path: str | None = flag(None, "JSONL, JSON or Parquet whose questions are asked instead")
     images_path: str = flag("", "folder that relative image paths of --data_path start from")
     score: bool = flag(False, "greedy answers to --data_path, compared with the file's own")
     perplexity: bool = flag(False, "how well --data_path's own answers, or texts, are expected")

@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 
 from common.cli import parse_flags, run_main
-from trainer.arguments import TRAINABLE, VLMTrainingFlags, flag_by_release
+from trainer.arguments import ROW_FILES, TRAINABLE, VLMTrainingFlags, flag_by_release
 from trainer.stage import run_stage
 
 
 @dataclass
 class PretrainFlags(VLMTrainingFlags):
     data_path: list[str] | None = flag_by_release(
-        "files with the captions",
+        f"the captions: {ROW_FILES}",
         ["dataset/pretrain_data.jsonl"],
         ["dataset/pretrain_i2t.parquet"],
         resumable=True,

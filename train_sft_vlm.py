@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 
 from common.cli import flag, parse_flags, run_main
-from trainer.arguments import TRAINABLE, VLMTrainingFlags, flag_by_release
+from trainer.arguments import ROW_FILES, TRAINABLE, VLMTrainingFlags, flag_by_release
 from trainer.stage import run_stage
 
 
 @dataclass
 class SFTFlags(VLMTrainingFlags):
     data_path: list[str] | None = flag_by_release(
-        "files with the dialogues", ["dataset/sft_data.jsonl"], ["dataset/sft_i2t.parquet"], resumable=True
+        f"the dialogues: {ROW_FILES}", ["dataset/sft_data.jsonl"], ["dataset/sft_i2t.parquet"], resumable=True
     )
     images_path: str | None = flag_by_release(
         "folder that relative image paths start from", "dataset/sft_images", None, resumable=True

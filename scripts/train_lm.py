@@ -10,15 +10,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import flag, parse_flags, run_main
-from trainer.arguments import TrainingFlags
+from trainer.arguments import ROW_FILES, TrainingFlags
 from trainer.stage import run_stage
 
 
 @dataclass
 class LMFlags(TrainingFlags):
-    data_path: list[str] = flag(
-        ["dataset/lm_data.jsonl"], "JSONL or JSON files with the texts", resumable=True
-    )
+    data_path: list[str] = flag(["dataset/lm_data.jsonl"], f"the texts: {ROW_FILES}", resumable=True)
     learning_rate: float = flag(5e-4, "peak learning rate; a cosine brings it down to a tenth")
 
 

@@ -13,6 +13,7 @@ from common.cli import DeviceFlags, check_seed, flag, optional_flag
 from common.setup import ENCODERS, TOKENIZERS
 from common.weights import SIZES
 
+ROW_FILES = "JSONL, JSON or Parquet files, folders of them, or hf://datasets/OWNER/NAME"
 TRAINABLE = ("proj", "proj_first_last", "proj_last", "proj_attn", "proj_llm")
 CACHE_DTYPES = ("float16", "int8")
 TRACKERS = ("tensorboard", "wandb", "swanlab", "trackio", "none")
@@ -37,9 +38,7 @@ def _shown(value: Any) -> str:
 class TrainingFlags(DeviceFlags):
     """Flags of every stage. ValueError names a flag whose value makes no sense."""
 
-    data_path: list[str] = resumable(
-        [], "JSONL or JSON files with the rows to train on; several are read in order"
-    )
+    data_path: list[str] = resumable([], f"the rows to train on: {ROW_FILES}; several are read in order")
     out_dir: str = resumable("out", "folder for weights; metrics go to runs/ in it")
     epochs: int = flag(1, "passes over the data")
     batch_size: int = resumable(16, "rows of one micro-batch on one rank")
