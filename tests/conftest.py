@@ -44,7 +44,9 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     import datasets.config
 
     datasets.config.HF_DATASETS_CACHE = Path(os.environ["HF_DATASETS_CACHE"])
-    transformers.dynamic_module_utils.HF_MODULES_CACHE = str(tmp_path_factory.mktemp("modules_cache"))
+    # Entry points get the search path of this process: they must keep code where it does.
+    os.environ["HF_MODULES_CACHE"] = str(tmp_path_factory.mktemp("modules_cache"))
+    transformers.dynamic_module_utils.HF_MODULES_CACHE = os.environ["HF_MODULES_CACHE"]
 
 
 @pytest.fixture(scope="session")

@@ -79,15 +79,16 @@ from pathlib import Path
 from dataset.errors import DataError
 from dataset.rows import load_rows
 logging.basicConfig(level=logging.INFO, format="%(message)s")
-try:
-    print(load_rows([Path(sys.argv[1])])["where"][:])
-except DataError as error:
-    print("error:", error)
+for name in sys.argv[1:]:
+    try:
+        print(load_rows([Path(name)])["where"][:])
+    except DataError as error:
+        print("error:", error)
 """
 
 
-def read(name: str, hub: HubStub, home: Path, **env: str) -> tuple[str, str]:
-    """What a process of its own reads, and its log."""
+def read(*names: str, hub: HubStub, home: Path, **env: str) -> tuple[list[str], str]:
+    """What a process of its own reads of each, a line each, and its log."""
     own = {
         "HF_ENDPOINT": hub.endpoint,
         "HF_HOME": str(home),
@@ -95,11 +96,10 @@ def read(name: str, hub: HubStub, home: Path, **env: str) -> tuple[str, str]:
         "HF_HUB_DISABLE_XET": "1",
     }
     env = os.environ | own | {"HF_DATASETS_CACHE": str(home / "tables")} | env
-    done = subprocess.run(
-        [sys.executable, "-c", READ, name], cwd=ROOT, env=env, capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", READ, *names]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert "Traceback" not in done.stderr
-    return done.stdout.strip(), done.stderr
+    return done.stdout.splitlines(), done.stderr
 
 
 def test_a_data_set_of_the_hub_is_fetched_once_and_read(tmp_path):
@@ -109,26 +109,20 @@ def test_a_data_set_of_the_hub_is_fetched_once_and_read(tmp_path):
         "README.md": b"",
         "big.zip": b"PK",
     }
+    name = "hf://datasets/owner/name/data"
     with HubStub(datasets={"owner/name": files}) as hub:
-        found, log = read("hf://datasets/owner/name/data", hub, tmp_path)
-        assert found == "['train-0.parquet[0]']" and f"hf://datasets/owner/name: revision {COMMIT}" in log
+        found, log = read(name, name, hub=hub, home=tmp_path)
+        assert found == ["['train-0.parquet[0]']"] * 2
+        assert f"hf://datasets/owner/name: revision {COMMIT}" in log
         assert hub.fetched() == ["train-0.parquet"]
-        assert read("hf://datasets/owner/name/data", hub, tmp_path)[0] == found
-        assert hub.fetched() == ["train-0.parquet"]
-        assert read("hf://datasets/owner/name/data", hub, tmp_path, HF_HUB_OFFLINE="1")[0] == found
+        assert read(name, hub=hub, home=tmp_path, HF_HUB_OFFLINE="1")[0] == found[:1]
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("hf://datasets/owner/none", "error: hf://datasets/owner/none cannot be fetched ("),
-        ("hf://datasets/owner/gated", "error: hf://datasets/owner/gated cannot be fetched ("),
-        ("hf://datasets/owner/name/data", "error: "),
-    ],
-)
-def test_a_data_set_that_cannot_be_had_is_named(tmp_path, name, message):
-    with HubStub(
-        datasets={"owner/gated": {"a.parquet": made("x")}, "owner/name": {}}, gated={"owner/gated"}
-    ) as hub:
-        found, _ = read(name, hub, tmp_path)
-    assert found.startswith(message) and "\n" not in found
+def test_data_sets_that_cannot_be_had_are_named(tmp_path):
+    files = {"owner/gated": {"a.parquet": made("x")}, "owner/name": {}}
+    names = [f"hf://datasets/owner/{name}" for name in ("none", "gated", "name/data")]
+    with HubStub(datasets=files, gated={"owner/gated"}) as hub:
+        none, gated, empty = read(*names, hub=hub, home=tmp_path)[0]
+    assert none.startswith("error: hf://datasets/owner/none cannot be fetched (")
+    assert gated.startswith("error: hf://datasets/owner/gated cannot be fetched (")
+    assert empty.startswith("error: ")

@@ -674,7 +674,7 @@ def test_release_2_takes_its_own_files_where_they_are(hub, download, tmp_path, p
     assert published_names(tmp_path / "dataset") == ["sft_data.jsonl", "sft_images"]
 
 
-@pytest.mark.parametrize("count", [1, 400, 401, 2000, 5000])
+@pytest.mark.parametrize("count", [1, 401, 5000])
 def test_the_first_rows_are_fetched_by_ranges(hub, download, tmp_path, parquet, count):
     result = download("dataset", "--part", "sft", "--max_rows", str(count))
 
