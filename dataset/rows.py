@@ -195,11 +195,12 @@ def normalise_row(row: dict, where: str, images_root: str | None = None) -> dict
         if not isinstance(row["text"], str) or not row["text"].strip():
             raise DataError(f"{where}: 'text' must be text that is not blank, found {row['text']!r}")
         if images:
-            raise DataError(f"{where}: a 'text' row has no images, found {images!r}")
+            raise DataError(f"{where}: a 'text' row has no images, found {reprlib.repr(images)}")
     else:
         roles, contents = _turns(row, len(images), where)
     kind = str(row.get("kind", ""))
-    for field, values in {"image": map(str, images), "kind": [kind], "content": contents}.items():
+    names = [image for image in images if isinstance(image, str)]
+    for field, values in {"image": names, "kind": [kind], "content": contents}.items():
         for value in values:
             if value.encode(errors="ignore").decode() != value:
                 raise DataError(f"{where}: {field!r} has half of a surrogate pair: {reprlib.repr(value)}")
