@@ -222,11 +222,13 @@ def translated(config: dict[str, Any]) -> dict[str, Any]:
     chosen, tokens = config["num_experts_per_tok"], config["image_token_len"]
     width = 64 * math.ceil(config["hidden_size"] * math.pi / 64)
     alike = {name: value for name, value in config.items() if name in MiniMindConfig.__annotations__}
-    fixed = {"qk_norm": True, "projector": "mlp", "n_shared_experts": 0, "norm_top1_prob": True}
     return (
         alike
         | {
-            **fixed,
+            "qk_norm": True,
+            "projector": "mlp",
+            "n_shared_experts": 0,
+            "norm_top1_prob": True,
             "seq_aux": False,
             "intermediate_size": config.get("intermediate_size", width),
             "n_routed_experts": config["num_experts"],

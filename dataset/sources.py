@@ -22,7 +22,7 @@ from model.pictures import first_line
 
 log = logging.getLogger(__name__)
 NOT_ROWS = {b"\x1f\x8b": "gzip", b"PK\3\4": "zip", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
-ROW_FILES = "[!.]*.parquet", "[!.]*.jsonl", "[!.]*.json"
+ROW_PATTERNS = "[!.]*.parquet", "[!.]*.jsonl", "[!.]*.json"
 FETCHED = "parquet jsonl json jpg jpeg png webp gif bmp tif tiff avif jp2".split()
 HUB = re.compile(r"hf:/+datasets/([^/@]+/[^/@]+)(?:@([^/]+))?/?(.*)")  # a Path has one slash of two
 OTHER_SPLIT = re.compile(r"(?:^|[^a-z])(?:test|validation|valid|val|dev|eval)(?:[^a-z]|$)", re.IGNORECASE)
@@ -42,7 +42,7 @@ def find_files(path: Path) -> list[Path]:
         path = _fetch(*on_hub.groups(default=""))
     if not os.path.isdir(path):  # noqa: PTH112 (pathlib's may raise)
         return [path]
-    for pattern in ("metadata.jsonl", *ROW_FILES):
+    for pattern in ("metadata.jsonl", *ROW_PATTERNS):
         if found := sorted(path.rglob(pattern)):
             other = [file for file in found if OTHER_SPLIT.search(str(file.relative_to(path)))]
             learnt = [file for file in found if file not in other] or found
@@ -83,7 +83,8 @@ def check_file(path: Path) -> None:
 
 def raw_rows(path: Path) -> Rows:
     """`(file:line, row)` of JSON Lines, `(file[index], row)` of a JSON list or of Parquet."""
-    return _parquet_rows(path) if _head(path).startswith(PARQUET) else _json_rows(path)
+    head = _head(path)
+    return _parquet_rows(path) if head.startswith(PARQUET) else _json_rows(path, head)
 
 
 def file_name(path: Path) -> str:
@@ -95,9 +96,8 @@ def _head(path: Path) -> bytes:
         return file.read(HEAD_BYTES)
 
 
-def _json_rows(path: Path) -> Rows:
+def _json_rows(path: Path, head: bytes) -> Rows:
     where = name = file_name(path)
-    head = _head(path)
     with path.open("rb") as file:  # a line ends at b"\n" alone; json decodes it
         file.seek(len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0)
         try:
@@ -124,10 +124,14 @@ def _parquet_rows(path: Path) -> Rows:
                     yield f"{name}[{index}]", row
                     index += 1
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{name}: Parquet that cannot be read ({first_line(error)})") from None
+        raise _unreadable(path, error) from None
     except (ValueError, OverflowError) as error:  # text that is not UTF-8, a date far away
         found = f"among the {PARQUET_ROWS} rows from [{index}]: {first_line(error)}"
         raise DataError(f"{name}: {found}") from None
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    return DataError(f"{file_name(path)}: Parquet that cannot be read ({first_line(error)})")
 
 
 def picture_bytes(path: Path) -> int:
@@ -138,7 +142,7 @@ def picture_bytes(path: Path) -> int:
     try:
         about = pq.read_metadata(path)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file_name(path)}: Parquet that cannot be read ({first_line(error)})") from None
+        raise _unreadable(path, error) from None
     leaves = [about.schema.column(i) for i in range(about.num_columns)]
     binary = [leaf.physical_type == "BYTE_ARRAY" and leaf.logical_type.type == "NONE" for leaf in leaves]
     columns = list(itertools.compress(range(about.num_columns), binary))

@@ -138,10 +138,9 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         super()._init_weights(module)  # normal with 0.02, biases zero, norms one
         if isinstance(module, MiniMindModel):
             # Not in any file, and without content after a construction on the meta device.
-            for buffer, table in zip(
-                (module.freqs_cos, module.freqs_sin), rope_tables(self.config), strict=True
-            ):
-                init.copy_(buffer, table)
+            cos, sin = rope_tables(self.config)
+            init.copy_(module.freqs_cos, cos)
+            init.copy_(module.freqs_sin, sin)
 
     @capture_outputs
     def forward(

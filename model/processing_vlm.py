@@ -82,7 +82,7 @@ class MiniMindVLMProcessor(ProcessorMixin):
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of plain text between a turn's control tokens; ValueError if it looks like an image."""
-        text = self._with_placeholders([text])
+        text = self._with_placeholders([text], self.placeholder)
         ids = self.tokenizer._encode_without_added_tokens(text)
         return [self.tokenizer.bos_token_id, *ids, self.tokenizer.eos_token_id]
 
@@ -150,11 +150,11 @@ class MiniMindVLMProcessor(ProcessorMixin):
         texts = [text] if isinstance(text, str) else list(text)
         pictures = self._share_out(texts, images)
         begins = re.compile(rf"(?<={re.escape(self.tokenizer.bos_token)}assistant\n)")  # answers stand apart
-        rows = []
+        rows, token = [], self.placeholder
         for row, (prompt, row_pictures) in enumerate(zip(texts, pictures, strict=True)):
             if (found := prompt.count(IMAGE_MARKER)) != (given := len(row_pictures)):
                 raise ValueError(f"text {row}: {found} {IMAGE_MARKER} markers, but {given} images")
-            spans = begins.split(self._with_placeholders(prompt.split(IMAGE_MARKER)))
+            spans = begins.split(self._with_placeholders(prompt.split(IMAGE_MARKER), token))
             rows.append([i for span in spans for i in self.tokenizer.encode(span, add_special_tokens=False)])
         return self.batch(rows, pictures, **options)
 
@@ -210,9 +210,10 @@ class MiniMindVLMProcessor(ProcessorMixin):
             turn["pieces"] = turn["content"].split(IMAGE_MARKER) if expand else [turn["content"]]
         return turns
 
-    def _with_placeholders(self, pieces: list[str]) -> str:
-        """Joins what stands around images by P placeholders each, and keeps the text's own ones apart."""
-        token, run = self.placeholder, self.placeholder * self.tokens_per_image
+    def _with_placeholders(self, pieces: list[str], token: str) -> str:
+        """Joins what stands around images by P placeholders each, and keeps the text's own ones apart. The
+        placeholder `token` is given: to look it up takes long, and a row has many turns."""
+        run = token * self.tokens_per_image
         if any(run in piece for piece in pieces):
             raise ValueError(f"the text has {self.tokens_per_image} {token!r} in a row: that means an image")
         result = pieces[0]
@@ -230,9 +231,9 @@ class MiniMindVLMProcessor(ProcessorMixin):
         free = (char for char in map(chr, range(0xE000, 0x110000)) if not any(char in text for text in texts))
         answer, literal = next(free), next(free)
         quoted = rf"{literal}\g<0>{literal}" if sanitize_control_tokens else r"\g<0>"
-        control, marked, learnt = control_tokens(tokenizer), [], []
+        control, token, marked, learnt = control_tokens(tokenizer), self.placeholder, [], []
         for turn in messages:
-            text = self._with_placeholders([control.sub(quoted, piece) for piece in turn["pieces"]])
+            text = self._with_placeholders([control.sub(quoted, piece) for piece in turn["pieces"]], token)
             if turn["role"] == "assistant":
                 text = ""
                 for begin, part, goes_on in self._answer(turn["content"]):
@@ -253,7 +254,7 @@ class MiniMindVLMProcessor(ProcessorMixin):
     def _answer(self, text: str) -> list[tuple[str, str, bool]]:
         """An assistant turn's parts, with what stands before each, and whether another follows: reasoning, if
         the tokenizer knows it, and the answer."""
-        if "<think>" in self.tokenizer.added_tokens_encoder and (found := THINKING.fullmatch(text)):
+        if (found := THINKING.fullmatch(text)) and "<think>" in self.tokenizer.added_tokens_encoder:
             return [("<think>\n", found[1], True), ("\n</think>\n\n", found[2], False)]
         return [("", text, False)]
 

@@ -226,10 +226,7 @@ def first_rows(name: str, folder: Path, max_rows: int) -> None:
         parquet = pq.ParquetFile(source, buffer_size=BUFFER_BYTES)
         groups = enough_groups(parquet.metadata, max_rows)
         size = sum(parquet.metadata.row_group(i).total_byte_size for i in groups)
-        write_stdout(f"{target}: at most {readable(size)}B of {readable(source.size)}B to download\n")
-        folder.mkdir(parents=True, exist_ok=True)
-        if size > (free := shutil.disk_usage(folder).free):
-            raise UserError(f"not enough space on the disk of {folder}: {readable(free)}B free")
+        check_free_space([HubFile({}, target, size, digest="")])  # at most so much
 
         def write(file: BinaryIO) -> None:
             left = max_rows

@@ -200,9 +200,8 @@ def follow(
     release = release_of(config)
     defaults = {name: getattr(MiniMindConfig(), name) for name in SIZE_FLAGS}
     defaults |= {"tokenizer_path": TOKENIZERS[release], "vision_model_path": ENCODERS[release]}
-    defaults = {name: found.get(name) or value for name, value in defaults.items()} | flags.defaults_of(
-        release
-    )
+    defaults = {name: found.get(name) or value for name, value in defaults.items()}
+    defaults |= flags.defaults_of(release)
     unset = {name for name, value in vars(flags).items() if value is None} & defaults.keys()
     flags = dataclasses.replace(flags, **{name: defaults[name] for name in unset})
     config = config | flags.model_config()

@@ -95,6 +95,16 @@ def assert_one_line_error(result: subprocess.CompletedProcess, *parts: str) -> N
         assert part in last
 
 
+def as_pth(state: dict[str, torch.Tensor]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def as_files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 # --- clip
 
 
@@ -102,9 +112,7 @@ def clip_repository(weights: str) -> dict[str, bytes]:
     """The golden CLIP with the legacy preprocessor keys of the published one, and files nobody needs."""
     model = (GOLDEN_CLIP / "model.safetensors").read_bytes()
     if weights == "pytorch_model.bin":
-        buffer = io.BytesIO()
-        torch.save(load_file(GOLDEN_CLIP / "model.safetensors"), buffer)
-        model = buffer.getvalue()
+        model = as_pth(load_file(GOLDEN_CLIP / "model.safetensors"))
     preprocessor = json.loads((GOLDEN_CLIP / "preprocessor_config.json").read_text())
     del preprocessor["image_processor_type"]
     preprocessor |= {"feature_extractor_type": "CLIPFeatureExtractor", "size": 224, "crop_size": 224}
@@ -174,9 +182,7 @@ def published_weights() -> bytes:
         }
     state = {name: torch.randn(shape, generator=generator).half() for name, shape in shapes.items()}
     state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.getvalue()
+    return as_pth(state)
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +196,7 @@ def published_tokenizer(tmp_path_factory) -> dict[str, bytes]:
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=special[0], bos_token=special[1], eos_token=special[2]
     ).save_pretrained(folder)
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return as_files(folder)
 
 
 @pytest.mark.parametrize(
@@ -591,16 +597,6 @@ def test_unknown_name_is_a_usage_error(download):
 RELEASE_3 = "jingyaogong/minimind-3v-pytorch", "jingyaogong/minimind-3v"
 SIGLIP = "jingyaogong/siglip2-base-p32-256-ve"
 GOLDEN_SIGLIP = ROOT / "tests/golden/v3/siglip"
-
-
-def as_pth(state: dict[str, torch.Tensor]) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.getvalue()
-
-
-def as_files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture
