@@ -325,10 +325,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
-        if config.qk_norm:
-            self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
-            self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
-        self.qk_norm = config.qk_norm
+        norm = functools.partial(RMSNorm, self.head_dim, config.rms_norm_eps)
+        self.q_norm, self.k_norm = (norm() if config.qk_norm else nn.Identity() for _ in range(2))
         self.dropout = config.dropout
         self.resid_dropout = nn.Dropout(config.dropout)
 
@@ -345,9 +343,7 @@ class Attention(nn.Module):
         query = self.q_proj(hidden).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
         key = self.k_proj(hidden).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
         value = self.v_proj(hidden).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
-        if self.qk_norm:
-            query, key = self.q_norm(query), self.k_norm(key)
-        query, key = rotate(query, *rope), rotate(key, *rope)
+        query, key = rotate(self.q_norm(query), *rope), rotate(self.k_norm(key), *rope)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_index)  # (B, K, S, D)
         is_causal = T > 1 and mask is None  # in this order it is a bool also while torch.compile traces

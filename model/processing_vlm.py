@@ -101,7 +101,6 @@ class MiniMindVLMProcessor(ProcessorMixin):
         continue_final_message: bool = False,
         sanitize_control_tokens: bool = True,
         processor_kwargs: dict | None = None,
-        return_tensors: str | None = "auto",
         **kwargs,
     ):
         """As transformers has it, but text such as `<|im_start|>` inside a message stays text by default.
@@ -118,7 +117,7 @@ class MiniMindVLMProcessor(ProcessorMixin):
         conversations, is_batched = self._normalize_conversations(conversation)
         keys = ("image", "url", "path", "base64")
         images = [[part[k] for part in _image_parts(m) for k in keys if k in part] for m in conversations]
-        options = {"return_tensors": return_tensors, **kwargs, **(processor_kwargs or {})}
+        options = kwargs | (processor_kwargs or {})
         if (given := options.pop("images", None)) is not None:
             images = given if is_batched else [given]
         options = _checked(options)

@@ -117,8 +117,9 @@ def backward(
             with autocast:
                 output = forward(**inputs, num_items_in_batch=tokens, skip_logits=True)
                 loss = output.loss + output.aux_loss * (batch["rows"] / max(totals["rows"], 1))
-            if "image_counts" not in batch:
-                loss = loss + untouched(forward)
+            if "image_counts" not in batch:  # DDP waits for the projection's gradient all the same
+                projection = (p for name, p in forward.named_parameters() if "vision_proj." in name)
+                loss = loss + sum(0.0 * weight.sum() for weight in projection if weight.requires_grad)
             # DDP divides by the number of ranks; the sums above are already those of the global batch.
             scaler.scale(loss * runtime.world_size).backward()
         sums["loss"] += output.loss.detach() * tokens
@@ -133,12 +134,6 @@ def model_inputs(batch: dict, device: torch.device) -> dict[str, torch.Tensor]:
     return {name: batch[name].to(device, non_blocking=True) for name in MODEL_INPUTS if name in batch}
 
 
-def untouched(model: torch.nn.Module) -> torch.Tensor | float:
-    """A zero that depends on the projection: DDP waits for its gradient even where a rank had no image."""
-    projection = [p for name, p in model.named_parameters() if "vision_proj." in name and p.requires_grad]
-    return sum(0.0 * parameter.sum() for parameter in projection)
-
-
 def distribute(model: torch.nn.Module, flags: TrainingFlags, runtime: Runtime) -> torch.nn.Module:
     """The callable that trains: compiled if asked for, under DDP where there are several ranks."""
     if flags.compile:
@@ -150,6 +145,5 @@ def distribute(model: torch.nn.Module, flags: TrainingFlags, runtime: Runtime) -
         return model
     ids = [runtime.device.index] if runtime.device.type == "cuda" else None
     # The encoder's and RoPE's buffers never change: nothing to broadcast.
-    return DistributedDataParallel(
-        model, device_ids=ids, broadcast_buffers=False, process_group=runtime.group
-    )
+    settings = {"broadcast_buffers": False, "process_group": runtime.group}
+    return DistributedDataParallel(model, device_ids=ids, **settings)

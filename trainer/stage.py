@@ -61,10 +61,11 @@ def run_stage(flags: TrainingFlags, stage: str, bases: tuple[str, ...]) -> int:
     flags, config = follow(flags, named, base)
     path = out_dir / weight_name(stage, flags.hidden_size, flags.use_moe)
     run_dir = out_dir / "runs" / path.stem
+    saves = run_dir / "checkpoints"
     with runtime(flags.device, flags.seed) as run, run_lock(run_dir, run):
         if not run.is_main:
             logging.disable(logging.WARNING)
-        checkpoint = find_checkpoint(flags.resume, run_dir / "checkpoints", run)
+        checkpoint = find_checkpoint(flags.resume, saves, run)
         base_digest = sha256_of(base) if base and base.is_file() else None
         started_from = [path.name, base_digest, checkpoint.about["sha256"] if checkpoint else None]
         run.agree("checkpoint and weights to start from", str(started_from))
@@ -108,10 +109,8 @@ def run_stage(flags: TrainingFlags, stage: str, bases: tuple[str, ...]) -> int:
         about = {"settings": settings, "arguments": arguments, "config": config}
         about["run_id"] = checkpoint.about["run_id"] if checkpoint else secrets.token_hex(4)
         resumed_step = checkpoint.about["step"] if checkpoint else 0
-        tracker = open_tracker(flags, run_dir.name, run_dir, about["run_id"], resumed_step, run)
-        checkpoints = Checkpoints(
-            run_dir / "checkpoints", flags.keep_checkpoints, run.is_main, about, write_weights
-        )
+        tracker = open_tracker(flags, run_dir, about["run_id"], resumed_step, run)
+        checkpoints = Checkpoints(saves, flags.keep_checkpoints, run.is_main, about, write_weights)
         if flags.resume == "never" and checkpoint is None:
             with run.together(), user_errors("--resume never"):
                 checkpoints.clear()
@@ -252,12 +251,9 @@ def open_samples(
             )
     if visual and flags.cache_features:
         with run.together(), user_errors("--cache_features"):
-            samples.features = open_feature_cache(
-                Path(flags.cache_features), model, processor, flags.cache_dtype
-            )
-            encode_missing(
-                samples.features, model, processor, samples.image_paths(), run.rank, run.world_size
-            )
+            folder, pictures = Path(flags.cache_features), samples.image_paths()
+            samples.features = cache = open_feature_cache(folder, model, processor, flags.cache_dtype)
+            encode_missing(cache, model, processor, pictures, run.rank, run.world_size)
         with user_errors("--cache_features"):
             samples.features.check_complete()
     return samples

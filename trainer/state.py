@@ -131,8 +131,11 @@ class Checkpoints:
             try:
                 write()
             except UserError as error:
-                if not (is_full(error) and self._free_oldest()):
+                old = newest_first(self.folder)[1:]  # the only one stays
+                if not (is_full(error) and old):
                     raise
+                log.warning("warning: the disk is full; removing the oldest checkpoint, %s", old[-1].folder)
+                remove(old[-1].folder)
                 write()
         for old in newest_first(self.folder)[self.keep :]:
             remove(old.folder)
@@ -158,14 +161,6 @@ class Checkpoints:
                 raise UserError(f"cannot write {self.folder / name}: {error}") from error
             raise
 
-    def _free_oldest(self) -> bool:
-        """Makes room by removing the oldest checkpoint, if it is not the only one."""
-        old = newest_first(self.folder)[1:]
-        if old:
-            log.warning("warning: the disk is full; removing the oldest checkpoint, %s", old[-1].folder)
-            remove(old[-1].folder)
-        return bool(old)
-
 
 @contextlib.contextmanager
 def run_lock(run_dir: Path, run: Runtime) -> Iterator[None]:
@@ -190,8 +185,7 @@ def run_lock(run_dir: Path, run: Runtime) -> Iterator[None]:
 
 def newest_first(folder: Path) -> list[Checkpoint]:
     """The checkpoints in a run's folder that have a readable `state.json`."""
-    found = [read_checkpoint(one) for one in folder.glob("step-*")]
-    readable = [checkpoint for checkpoint in found if checkpoint is not None]
+    readable = filter(None, map(read_checkpoint, folder.glob("step-*")))
     return sorted(readable, key=lambda checkpoint: checkpoint.about["number"], reverse=True)
 
 
@@ -284,17 +278,15 @@ def settings_of(
     """What a resumed run must have in common with the run before, by the name of the flag that says it: all
     that decides what is learnt. Batch size, ranks and accumulation count as one number, and of the data the
     rows count, not the place."""
-    settings = {
-        item.name: getattr(flags, item.name) for item in fields(flags) if not item.metadata["resumable"]
-    }
+    names = [item.name for item in fields(flags) if not item.metadata["resumable"]]
+    settings = {name: getattr(flags, name) for name in names}
     if not getattr(flags, "cache_features", None):
         settings.pop("cache_dtype", None)
     if flags.tokens_per_batch:  # how rows are grouped depends on each of the three
         settings["accumulation_steps x ranks"] = f"{flags.accumulation_steps} x {world_size}"
     else:
-        settings["batch_size x accumulation_steps x ranks"] = (
-            flags.batch_size * flags.accumulation_steps * world_size
-        )
+        rows = flags.batch_size * flags.accumulation_steps * world_size
+        settings["batch_size x accumulation_steps x ranks"] = rows
     if base_digest:
         settings["from_weight (content)"] = base_digest[:16]
     settings["data_path (rows)"] = hashlib.sha256(samples.lengths().tobytes()).hexdigest()[:16]

@@ -17,6 +17,7 @@ from trainer.arguments import TrainingFlags
 
 log = logging.getLogger(__name__)
 Log = Callable[[dict[str, float], int], None]
+Opened = tuple[Log, Callable[[], None]]  # and what ends the tracker's run
 
 
 class Tracker:
@@ -45,7 +46,7 @@ class Tracker:
 
 
 def open_tracker(
-    flags: TrainingFlags, name: str, run_dir: Path, run_id: str, resumed_step: int, runtime: Runtime
+    flags: TrainingFlags, run_dir: Path, run_id: str, resumed_step: int, runtime: Runtime
 ) -> Tracker | None:
     """What --tracker asks for, or None; every rank must call it.
 
@@ -59,7 +60,7 @@ def open_tracker(
             return None
         try:
             opener = open_tensorboard if flags.tracker == "tensorboard" else open_online
-            log_figures, finish = opener(flags, name, run_dir.resolve(), run_id, resumed_step)
+            log_figures, finish = opener(flags, run_dir.resolve(), run_id, resumed_step)
         except Exception as error:
             if isinstance(error, ModuleNotFoundError) and error.name == flags.tracker:
                 message = f"--tracker {flags.tracker} needs the package {flags.tracker}"
@@ -76,9 +77,7 @@ def failure(name: str, what: str, error: Exception) -> str:
     return f"--tracker {name} {what}: {type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def open_tensorboard(
-    flags: TrainingFlags, name: str, run_dir: Path, run_id: str, resumed_step: int
-) -> tuple[Log, Callable[[], None]]:
+def open_tensorboard(flags: TrainingFlags, run_dir: Path, run_id: str, resumed_step: int) -> Opened:
     """Event files; what the folder has of later steps, from before a crash or of an older run, is hidden."""
     from torch.utils.tensorboard import SummaryWriter
 
@@ -92,15 +91,13 @@ def open_tensorboard(
     return log_figures, writer.close
 
 
-def open_online(
-    flags: TrainingFlags, name: str, run_dir: Path, run_id: str, resumed_step: int
-) -> tuple[Log, Callable[[], None]]:
+def open_online(flags: TrainingFlags, run_dir: Path, run_id: str, resumed_step: int) -> Opened:
     """Weights & Biases, SwanLab and Trackio are called alike, but for a few words of their own."""
     os.environ.setdefault("TRACKIO_DIR", str(run_dir / "trackio"))  # read on import
     own = {
-        "wandb": {"name": name, "id": run_id, "dir": run_dir},
-        "swanlab": {"name": name, "id": run_id, "log_dir": str(run_dir / "swanlab")},
-        "trackio": {"name": f"{name}-{run_id}"},  # it knows runs by their names alone
+        "wandb": {"name": run_dir.name, "id": run_id, "dir": run_dir},
+        "swanlab": {"name": run_dir.name, "id": run_id, "log_dir": str(run_dir / "swanlab")},
+        "trackio": {"name": f"{run_dir.name}-{run_id}"},  # it knows runs by their names alone
     }[flags.tracker]
     tracker = importlib.import_module(flags.tracker)
     handler = signal.getsignal(signal.SIGINT)

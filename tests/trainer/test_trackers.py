@@ -24,7 +24,7 @@ def flags(**values) -> TrainingFlags:
 
 def opened(folder: Path, resumed_step: int = 0, rank: int = 0, **values) -> Tracker | None:
     runtime = Runtime(torch.device("cpu"), rank)
-    return open_tracker(flags(**values), "lm_64", folder, "0a1b2c3d", resumed_step, runtime)
+    return open_tracker(flags(**values), folder, "0a1b2c3d", resumed_step, runtime)
 
 
 def curve(folder: Path, name: str) -> list[tuple[int, float]]:
