@@ -13,7 +13,7 @@ from pathlib import Path
 from common.cli import CONTROLS, UserError, check_seed, flag, parse_flags, run_main, user_errors
 from common.distributed import Runtime, autocast, resolve_dtype, runtime
 from common.weights import write_json
-from dataset.picture_store import picture_name
+from dataset.pictures import picture_name
 from dataset.rows import load_rows
 from inference.answers import Question, check_pictures, pictures_of, questions_of
 from inference.ask import IN_TEXT, Answer, Speaker, TerminalStreamer, ask

@@ -6,7 +6,7 @@ ranks. Shapes: B rows, T tokens, N most images of a row.
 
 import heapq
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -78,9 +78,8 @@ class StepSampler(Sampler):
         for start in range(0, len(order), window):
             part = order[start : start + window]
             micros += self._micro_batches(part[np.argsort(self.lengths[part], kind="stable")])
-        steps = [
-            micros[i : i + self.accumulation_steps] for i in range(0, len(micros), self.accumulation_steps)
-        ]
+        size = self.accumulation_steps
+        steps = [micros[i : i + size] for i in range(0, len(micros), size)]
         return [steps[i] for i in generator.permutation(len(steps))] if self.shuffle else steps
 
     def _micro_batches(self, rows: np.ndarray) -> Iterator[np.ndarray]:
@@ -151,29 +150,23 @@ def collate(
     lengths = [len(sample.input_ids) for sample in samples]
     rows = pack(lengths, pack_length) if pack_length else [[i] for i in range(len(samples))]
     longest = max(sum(lengths[i] for i in row) for row in rows)
-    shape = len(rows), -(-longest // length_multiple) * length_multiple
-    input_ids = torch.full(shape, pad_token_id)  # (B, T)
-    labels = torch.full(shape, IGNORE_INDEX)  # (B, T)
-    attention_mask = torch.zeros(shape, dtype=torch.long)  # (B, T)
-    position_ids = torch.zeros(shape, dtype=torch.long)  # (B, T)
-    for number, row in enumerate(rows):
-        end = 0
-        for i in row:
-            start, end = end, end + lengths[i]
-            input_ids[number, start:end] = torch.tensor(samples[i].input_ids)
-            following = torch.tensor(samples[i].labels[1:])  # nothing predicts the first
-            labels[number, start + 1 : end] = following
-            position_ids[number, start:end] = torch.arange(lengths[i])
-        attention_mask[number, :end] = 1
+    longest = -(-longest // length_multiple) * length_multiple
+
+    def padded(values: list[Sequence[int]], fill: int) -> torch.Tensor:  # (B, T)
+        joined = [[value for i in row for value in values[i]] for row in rows]
+        return torch.tensor([row + [fill] * (longest - len(row)) for row in joined])
+
+    # Nothing predicts a sequence's first token.
+    labels = padded([[IGNORE_INDEX, *sample.labels[1:]] for sample in samples], IGNORE_INDEX)
     batch = {
-        "input_ids": input_ids,
+        "input_ids": padded([sample.input_ids for sample in samples], pad_token_id),
         "labels": labels,
-        "attention_mask": attention_mask,
+        "attention_mask": padded([[1] * length for length in lengths], 0),
         "supervised_tokens": int((labels != IGNORE_INDEX).sum()),
         "tokens": sum(lengths),
     }
     if len(rows) < len(samples):
-        batch["position_ids"] = position_ids
+        batch["position_ids"] = padded([range(length) for length in lengths], 0)
     ordered = [samples[i] for row in rows for i in row if samples[i].images]
     if not ordered:
         return batch

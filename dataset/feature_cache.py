@@ -17,8 +17,7 @@ from tqdm import tqdm
 
 from dataset.errors import DataError
 from dataset.files import write_atomically
-from dataset.images import PIXELS_VERSION, open_image
-from dataset.picture_store import picture_digest, picture_name
+from dataset.pictures import PIXELS_VERSION, open_image, picture_digest, picture_name
 from model.model_vlm import MiniMindVLM
 from model.processing_vlm import MiniMindVLMProcessor
 
@@ -30,10 +29,23 @@ Item = tuple[str, str]  # path of a picture, or store and place, and the row it 
 
 
 class FeatureCache:
-    """Features by path, memory-mapped. A picture is known by its content: a changed file is a new picture."""
+    """Features by path, memory-mapped, in `folder`'s own folder for this encoder: its weights, config and
+    preprocessing are part of the key, and so is `dtype`, "float16" or "int8". A picture is known by its
+    content: a changed file is a new picture."""
 
-    def __init__(self, folder: Path, dtype: str = "float16"):
-        self.folder, self.dtype = folder, dtype
+    def __init__(
+        self, folder: Path, model: MiniMindVLM, processor: MiniMindVLMProcessor, dtype: str = "float16"
+    ):
+        config = model.vision_encoder.config.to_dict()
+        fixed = {name: config[name] for name in config.keys() - VOLATILE}
+        settings = [PIXELS_VERSION, processor.image_processor.to_dict(), fixed]
+        key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+        key.update(b"" if dtype == "float16" else dtype.encode())
+        for name, tensor in sorted(model.vision_encoder.state_dict().items()):
+            key.update(name.encode())
+            key.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        self.folder, self.dtype = folder / key.hexdigest()[:16], dtype
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.shards: dict[str, np.ndarray] = {}  # opened when asked for
         self.listed: set[str] = set()
         self.places: dict[str, tuple[str, int]] = {}  # digest of an image file -> shard and row
@@ -88,25 +100,6 @@ class FeatureCache:
             raise OSError(f"{self.folder} lacks {lacking} pictures: all ranks must share --cache_features")
 
 
-def open_feature_cache(
-    folder: Path, model: MiniMindVLM, processor: MiniMindVLMProcessor, dtype: str = "float16"
-) -> FeatureCache:
-    """The cache in `folder` for this encoder, in `dtype`, "float16" or "int8": the encoder's weights, config
-    and preprocessing are part of the key, and so is int8."""
-    config = model.vision_encoder.config.to_dict()
-    fixed = {name: config[name] for name in config.keys() - VOLATILE}
-    settings = [PIXELS_VERSION, processor.image_processor.to_dict(), fixed]
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    if dtype != "float16":
-        key.update(dtype.encode())
-    for name, tensor in sorted(model.vision_encoder.state_dict().items()):
-        key.update(name.encode())
-        key.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    own = folder / key.hexdigest()[:16]
-    own.mkdir(parents=True, exist_ok=True)
-    return FeatureCache(own, dtype)
-
-
 def encode_missing(
     cache: FeatureCache,
     model: MiniMindVLM,
@@ -125,10 +118,8 @@ def encode_missing(
     token_bytes = width + 2 if cache.dtype == "int8" else width * 2
     needed = len(missing) * len(model.config.image_ids) * token_bytes
     if needed > (free := shutil.disk_usage(cache.folder).free):
-        raise OSError(
-            f"{cache.folder}: features of {len(missing)} pictures need {needed / 1e9:.1f} GB, "
-            f"{free / 1e9:.1f} GB are free"
-        )
+        found = f"need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+        raise OSError(f"{cache.folder}: features of {len(missing)} pictures {found}")
     # By digest, not by place in the list: another rank may already have shortened that.
     share = [entry for entry in missing if int(entry[0], 16) % world_size == rank]
     with tqdm(total=len(share), desc="encoding pictures", unit="image", disable=rank > 0 or not share) as bar:

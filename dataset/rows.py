@@ -28,7 +28,7 @@ from tqdm import tqdm
 from dataset.errors import DataError
 from dataset.files import flush_folder, sha256_of
 from dataset.layouts import our_row
-from dataset.picture_store import PictureStore
+from dataset.pictures import PictureStore
 from dataset.sources import check_file, file_name, find_files, picture_bytes, raw_rows
 from model.processing_vlm import IMAGE_MARKER, ROLES
 
@@ -47,7 +47,7 @@ PICTURE_KEYS = (  # other names of what 'image' holds, and what cannot be traine
     "image_bytes image_base64 image_data img imgs img_path img_paths img_url picture pictures pic pics photo "
     "photos pixel_values media video videos video_path video_url audio audios audio_path audio_url"
 ).split()
-CODE = "rows", "sources", "layouts", "picture_store"  # what decides how a file is read
+CODE = "rows", "sources", "layouts", "pictures"  # what decides how a file is read
 ROWS = 1000  # that are written at a time
 STAT_THREADS, STAT_NAMES = 16, 20_000  # names in memory at a time
 TABLE, STORE, ABOUT = "rows.arrow", "pictures", "about.json"  # in a folder that is there whole or not at all

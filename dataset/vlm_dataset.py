@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from dataset.errors import DataError
 from dataset.feature_cache import FeatureCache
 from dataset.files import sha256_of
-from dataset.images import open_image
+from dataset.pictures import open_image
 from dataset.rows import load_rows, resolve_image, store_of
 from model.pictures import first_line
 from model.processing_vlm import IGNORE_INDEX, IMAGE_MARKER, MiniMindVLMProcessor, control_tokens

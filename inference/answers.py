@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import BatchFeature
 
 from dataset.errors import DataError
-from dataset.images import open_image
+from dataset.pictures import open_image
 from dataset.rows import resolve_image, store_of
 from inference.pictures import check_image
 from model.model_vlm import MiniMindVLM

@@ -16,8 +16,7 @@ from markupsafe import Markup
 
 from common.cli import user_errors
 from common.weights import write_file
-from dataset.images import open_image
-from dataset.picture_store import picture_name
+from dataset.pictures import open_image, picture_name
 from inference.answers import Question, pictures_of
 from inference.ask import Answer
 

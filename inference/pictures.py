@@ -6,7 +6,7 @@ from pathlib import Path
 from PIL import Image
 
 from dataset.errors import DataError
-from dataset.picture_store import picture_file, picture_name
+from dataset.pictures import picture_file, picture_name
 from model.pictures import FORMATS, open_picture
 
 SHIPPED_PICTURES = "dataset/eval_images"

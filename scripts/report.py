@@ -24,7 +24,7 @@ from plot_metrics import draw_panel, import_figure, panels_of, read
 from common.cli import UserError, run_main, user_errors
 from common.setup import ENCODERS, build_vlm, load_base
 from common.weights import Sidecar, release_of, write_file
-from dataset.images import open_image
+from dataset.pictures import open_image
 from inference.chat import Sampling, encode_picture, stream_answer
 from inference.picture_report import data_uri
 from inference.pictures import SHIPPED_PICTURES, pictures_in

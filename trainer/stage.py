@@ -24,7 +24,7 @@ from common.weights import (
     weight_name,
     write_json,
 )
-from dataset.feature_cache import encode_missing, open_feature_cache
+from dataset.feature_cache import FeatureCache, encode_missing
 from dataset.files import sha256_of
 from dataset.vlm_dataset import VLMDataset
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
@@ -252,7 +252,7 @@ def open_samples(
     if visual and flags.cache_features:
         with run.together(), user_errors("--cache_features"):
             folder, pictures = Path(flags.cache_features), samples.image_paths()
-            samples.features = cache = open_feature_cache(folder, model, processor, flags.cache_dtype)
+            samples.features = cache = FeatureCache(folder, model, processor, flags.cache_dtype)
             encode_missing(cache, model, processor, pictures, run.rank, run.world_size)
         with user_errors("--cache_features"):
             samples.features.check_complete()

@@ -4,7 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from dataset.picture_store import picture_name
+from dataset.pictures import picture_name
 from inference.answers import Question
 
 

@@ -21,7 +21,7 @@ import torch
 from common.cli import CONTROLS, UserError, user_errors
 from common.weights import write_file
 from dataset.errors import DataError
-from dataset.images import open_image
+from dataset.pictures import open_image
 from inference.ask import IN_TEXT, Speaker
 from inference.chat import Sampling, encode_picture, stream_answer
 from inference.picture_report import escape_markdown

@@ -15,7 +15,7 @@ from PIL import Image
 
 from common.distributed import autocast
 from dataset.errors import DataError
-from dataset.images import open_image
+from dataset.pictures import open_image
 from inference.answers import prepare
 from inference.attention_maps import attention_to_patches
 from inference.chat import Sampling, stream_answer

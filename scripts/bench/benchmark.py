@@ -38,7 +38,7 @@ import dataset.collate
 from common.distributed import autocast, peak_memory_bytes, resolve_dtype, runtime
 from common.setup import TOKENIZERS, special_ids
 from common.tokenizer import load_tokenizer
-from dataset.feature_cache import encode_missing, open_feature_cache
+from dataset.feature_cache import FeatureCache, encode_missing
 from dataset.vlm_dataset import VLMDataset
 from inference.answers import encode_pictures, encode_question, prepare, questions_of
 from model.model_vlm import MiniMindVLM, VLMConfig
@@ -262,7 +262,7 @@ class Bench:
         path = self.folder / f"{self.stage}_{repeat}.jsonl"
         samples = VLMDataset([path], self.processor, self.flags.max_seq_len)
         if self.mode == "cached":
-            samples.features = open_feature_cache(self.folder / "features", self.model, self.processor)
+            samples.features = FeatureCache(self.folder / "features", self.model, self.processor)
             encode_missing(samples.features, self.model, self.processor, samples.image_paths())
             samples.features.check_complete()
         return samples

@@ -9,7 +9,7 @@ from conftest import TINY_ENCODER
 from common.setup import build_vlm
 from dataset.collate import StepDataset
 from dataset.errors import DataError
-from dataset.feature_cache import _to_stored, encode_missing, open_feature_cache
+from dataset.feature_cache import FeatureCache, _to_stored, encode_missing
 from dataset.vlm_dataset import VLMDataset
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -27,7 +27,7 @@ def items(data):
 
 
 def filled(folder, vlm, items, dtype="float16"):
-    cache = open_feature_cache(folder, *vlm, dtype)
+    cache = FeatureCache(folder, *vlm, dtype)
     encode_missing(cache, *vlm, items)
     cache.check_complete()
     return cache
@@ -50,7 +50,7 @@ def test_batches_with_features_give_the_loss_of_batches_with_pixels(data, tmp_pa
 
 def test_pictures_are_encoded_once(tmp_path, vlm, items):
     filled(tmp_path, vlm, items[:5])
-    cache = open_feature_cache(tmp_path, *vlm)
+    cache = FeatureCache(tmp_path, *vlm)
     assert [path for path, _ in cache.find_missing(items).values()] == [path for path, _ in items[5:]]
     assert cache[items[0][0]].shape == (196, 64) and cache[items[0][0]].dtype == torch.float16
 
@@ -64,7 +64,7 @@ def test_a_pickled_cache_does_not_hold_the_features(tmp_path, vlm, items):
 
 
 def test_features_on_another_machine_are_missed(tmp_path, vlm, items):
-    cache = open_feature_cache(tmp_path, *vlm)
+    cache = FeatureCache(tmp_path, *vlm)
     encode_missing(cache, *vlm, items, rank=0, world_size=2)
     with pytest.raises(OSError, match="all ranks must share --cache_features"):
         cache.check_complete()
@@ -72,7 +72,7 @@ def test_features_on_another_machine_are_missed(tmp_path, vlm, items):
 
 def test_two_ranks_share_the_work(tmp_path, vlm, items):
     for rank in (0, 1):
-        cache = open_feature_cache(tmp_path, *vlm)
+        cache = FeatureCache(tmp_path, *vlm)
         encode_missing(cache, *vlm, items, rank, 2)
     assert not cache.find_missing(items)
     assert len(list(cache.folder.glob("*.npy"))) == 2
@@ -83,11 +83,11 @@ def test_two_ranks_share_the_work(tmp_path, vlm, items):
 def test_a_changed_picture_or_encoder_is_noticed(tmp_path, vlm, items, data):
     filled(tmp_path, vlm, items)
     (data / "images/3.png").write_bytes((data / "images/4.png").read_bytes()[:-1] + b"x")
-    assert len(open_feature_cache(tmp_path, *vlm).find_missing(items)) == 1
+    assert len(FeatureCache(tmp_path, *vlm).find_missing(items)) == 1
     model, processor = vlm
     with torch.no_grad():
         next(model.vision_encoder.parameters()).add_(1e-3)
-    assert len(open_feature_cache(tmp_path, model, processor).find_missing(items)) == 8
+    assert len(FeatureCache(tmp_path, model, processor).find_missing(items)) == 8
 
 
 def test_another_config_of_the_same_weights_is_another_encoder(tmp_path, items, tokenizer):
@@ -95,9 +95,9 @@ def test_another_config_of_the_same_weights_is_another_encoder(tmp_path, items, 
     model, processor = build_vlm(SIZES, str(TINY_ENCODER), tokenizer)
     filled(tmp_path, (model, processor), items)
     model.vision_encoder.config.name_or_path = "elsewhere"
-    assert not open_feature_cache(tmp_path, model, processor).find_missing(items)
+    assert not FeatureCache(tmp_path, model, processor).find_missing(items)
     model.vision_encoder.config.hidden_act = "relu"
-    assert len(open_feature_cache(tmp_path, model, processor).find_missing(items)) == 8
+    assert len(FeatureCache(tmp_path, model, processor).find_missing(items)) == 8
 
 
 def test_a_shard_whose_features_are_gone_does_not_count(tmp_path, vlm, items):
@@ -112,13 +112,13 @@ def test_an_interrupted_shard_does_not_count(tmp_path, vlm, items):
     cache = filled(tmp_path, vlm, items)
     (listing,) = cache.folder.glob("*.json")
     listing.unlink()
-    again = open_feature_cache(tmp_path, *vlm)
+    again = FeatureCache(tmp_path, *vlm)
     assert len(again.find_missing(items)) == 8
     assert torch.equal(filled(tmp_path, vlm, items)[items[2][0]], cache[items[2][0]])
 
 
 def test_what_cannot_be_read_is_named(tmp_path, vlm, data):
-    cache = open_feature_cache(tmp_path, *vlm)
+    cache = FeatureCache(tmp_path, *vlm)
     with pytest.raises(DataError, match=r"rows.jsonl:9: cannot read image .*gone.png"):
         encode_missing(cache, *vlm, [(str(data / "images/gone.png"), "rows.jsonl:9")])
     (data / "images/0.png").write_bytes(b"no picture")
@@ -137,7 +137,7 @@ def test_int8_halves_the_disk_and_stays_close(tmp_path, vlm, items):
         assert ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max() < 0.01
         step = expected.abs().amax(-1, keepdim=True) / 127
         assert ((found - expected).abs() <= 0.51 * step + 2e-3 * expected.abs()).all()
-    again = open_feature_cache(tmp_path, *vlm, "int8")
+    again = FeatureCache(tmp_path, *vlm, "int8")
     assert not again.find_missing(items) and torch.equal(again[items[0][0]], small[items[0][0]])
 
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from dataset.errors import DataError
-from dataset.images import open_image
+from dataset.pictures import open_image
 from inference.pictures import check_image, pictures_in
 from model.pictures import FORMATS, to_rgb
 

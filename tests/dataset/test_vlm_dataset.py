@@ -10,7 +10,7 @@ from PIL import Image
 
 import dataset.vlm_dataset
 from dataset.errors import DataError
-from dataset.images import open_image
+from dataset.pictures import open_image
 from dataset.vlm_dataset import VLMDataset, cut
 from model.processing_vlm import IGNORE_INDEX, MiniMindVLMProcessor
 

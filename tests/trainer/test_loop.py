@@ -10,7 +10,7 @@ import torch
 from common.distributed import Runtime
 from dataset import vlm_dataset
 from dataset.collate import StepDataset, StepSampler
-from dataset.images import open_image
+from dataset.pictures import open_image
 from dataset.vlm_dataset import VLMDataset
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.processing_vlm import MiniMindVLMProcessor

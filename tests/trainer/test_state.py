@@ -11,7 +11,7 @@ from conftest import TINY_ENCODER
 
 from common.cli import UserError
 from common.distributed import Runtime
-from dataset.feature_cache import encode_missing, open_feature_cache
+from dataset.feature_cache import FeatureCache, encode_missing
 from dataset.vlm_dataset import VLMDataset
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.processing_vlm import MiniMindVLMProcessor
@@ -52,7 +52,7 @@ def learn(data: Path, out: Path, processor, flags: dict, config: dict, stop_at: 
     samples = VLMDataset([data / "dialogues.jsonl"], full, 1024, data / "images")
     cached = flags.pop("cached", False)
     if cached:
-        samples.features = open_feature_cache(data / "features", model, full)
+        samples.features = FeatureCache(data / "features", model, full)
         encode_missing(samples.features, model, full, samples.image_paths())
         samples.features.check_complete()
     settings = {"data_path": ["x"], "num_workers": 0, "batch_size": 2, "epochs": 9, "max_steps": STEPS}

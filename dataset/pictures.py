@@ -1,16 +1,34 @@
-"""Pictures whose bytes stand in the data files: each one once, by its content, in a file beside the table.
+"""The pictures of rows: files, or bytes that stood in the data files, which lie once in a store by the table.
 
-A row of the table names a picture by its path, or by its place there, "\\0{offset}:{length}", which no path
-can be. Everywhere else a picture is one string: a path, or the store's path and the place. Its bytes are read
-when it is opened: a map of the store would count as memory of each process.
+A row of the table names a picture by its path, or by its place in the store, "\\0{offset}:{length}", which no
+path can be. Everywhere else a picture is one string: a path, or the store's path and the place. Its bytes are
+read when it is opened: a map of the store would count as memory of each process.
+How a picture is decoded is model/pictures.py's, which travels with exports.
 """
 
 import hashlib
 import io
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
+from PIL import Image
+
+from dataset.errors import DataError
 from dataset.files import sha256_of
+from model.pictures import open_picture, to_rgb
+
+PIXELS_VERSION = 2  # raise it where a file gives other pixels than before: stored features are then made anew
+
+
+def open_image(picture: str, where: str, image_size: int | None = None) -> Image.Image:
+    """A picture, upright and RGB, shrunk if far too large for an encoder of `image_size` pixels.
+
+    DataError names the row (`where`) and the picture that cannot be read.
+    """
+    told = f"{where}: cannot read image {picture_name(picture)}"
+    with open_picture(partial(picture_file, picture), told, image_size, DataError) as image:
+        return to_rgb(image, image_size)
 
 
 class PictureStore:

@@ -18,7 +18,7 @@ import dataset.rows
 from common.setup import build_vlm
 from dataset.collate import StepDataset
 from dataset.errors import DataError
-from dataset.feature_cache import encode_missing, open_feature_cache
+from dataset.feature_cache import FeatureCache, encode_missing
 from dataset.rows import load_rows, store_of
 from dataset.vlm_dataset import VLMDataset
 
@@ -83,11 +83,11 @@ def test_features_of_a_stored_picture_are_those_of_its_file(contents, data, tmp_
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
     model, processor = build_vlm(sizes, str(TINY_ENCODER), tokenizer)
     files = [(str(data / f"images/{number}.png"), "x") for number in range(2)]
-    cache = open_feature_cache(tmp_path / "cache", model, processor)
+    cache = FeatureCache(tmp_path / "cache", model, processor)
     encode_missing(cache, model, processor, files)
     cache.check_complete()
     samples = VLMDataset([write_table(tmp_path / "x.parquet", contents[:2] * 3)], processor, 512)
-    samples.features = open_feature_cache(tmp_path / "cache", model, processor)
+    samples.features = FeatureCache(tmp_path / "cache", model, processor)
     assert not samples.features.find_missing(samples.image_paths())
     assert torch.equal(samples[3].image_features[0], cache[files[1][0]])
 
