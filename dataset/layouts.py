@@ -3,6 +3,7 @@
 A picture is a path, a data: URL or, where it stands in the file, `bytes`.
 """
 
+import base64
 import json
 import reprlib
 from collections.abc import Iterator
@@ -40,8 +41,10 @@ def _convert(row: dict) -> tuple[str, dict]:
     for name, (fits, convert) in LAYOUTS.items():
         if fits(row):
             return name, convert(row)
-    found = f"no layout has the fields {', '.join(map(repr, row)) or '(none)'}"
-    raise ValueError(f"expected a non-empty list 'conversations', found None: {found}")
+    fields = ", ".join(map(repr, row)) or "(none)"
+    raise ValueError(
+        f"expected a non-empty list 'conversations', found None: no layout has the fields {fields}"
+    )
 
 
 def _imagefolder(row: dict) -> dict:
@@ -102,10 +105,8 @@ def _part_picture(part: Any, rest: Iterator, where: str) -> Any:
 
 def _the_cauldron(row: dict) -> dict:
     """And FineVision's: pairs of `user` and `assistant`."""
-    turns = []
-    for pair in row.pop("texts"):
-        said = {role: pair.pop(role, None) for role in ("user", "assistant")}
-        turns += [{**pair, "role": role, "content": content} for role, content in said.items()]
+    pairs, roles = row.pop("texts"), ("user", "assistant")
+    turns = [{**pair, "role": role, "content": pair.get(role)} for pair in pairs for role in roles]
     return {**row, "conversations": turns}
 
 
@@ -144,7 +145,13 @@ def _turns(found: Any, column: str) -> list[dict]:
 
 
 def _picture(found: Any) -> Any:
-    """Of the Image columns of `datasets`, {"bytes", "path"}: the bytes if there are any, else the path."""
+    """Of the Image columns of `datasets`, {"bytes", "path"}: the bytes if there are any, else the path. Of a
+    data: URL its bytes."""
+    if isinstance(found, str) and found.startswith("data:"):
+        try:
+            return base64.b64decode(found.partition(",")[2], validate=True)
+        except ValueError as error:
+            raise ValueError(f"cannot read image {reprlib.repr(found)} ({error})") from None
     if isinstance(found, list):
         return [_picture(one) for one in found]
     if isinstance(found, dict) and found and found.keys() <= {"bytes", "path"}:

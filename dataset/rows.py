@@ -3,7 +3,6 @@
 Here a row is read, brought into one form and checked; tokens and pictures are vlm_dataset.py's.
 """
 
-import base64
 import hashlib
 import itertools
 import json
@@ -29,7 +28,7 @@ from dataset.errors import DataError
 from dataset.files import flush_folder, sha256_of
 from dataset.layouts import our_row
 from dataset.pictures import PictureStore
-from dataset.sources import check_file, file_name, find_files, picture_bytes, raw_rows
+from dataset.sources import check_file, file_name, find_files, parquet_bytes, raw_rows
 from model.processing_vlm import IMAGE_MARKER, ROLES
 
 log = logging.getLogger(__name__)
@@ -101,9 +100,9 @@ def _build(folder: Path, files: list[Path], images_root: str) -> list[str]:
         shutil.rmtree(left, ignore_errors=True)
     building.mkdir()
     try:
-        if (needed := sum(map(picture_bytes, files))) > (free := shutil.disk_usage(building).free):
+        if (needed := sum(map(parquet_bytes, files))) > (free := shutil.disk_usage(building).free):
             found = f"need up to {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
-            raise OSError(f"the pictures inside {', '.join(map(file_name, files))} {found}")
+            raise OSError(f"rows and pictures of {', '.join(map(file_name, files))} {found}")
         lines: list[str] = []
         with (building / STORE).open("wb") as pictures, (building / TABLE).open("wb") as table:
             rows = _read(files, images_root, PictureStore(pictures), lines)
@@ -163,7 +162,8 @@ def _read(files: list[Path], images_root: str, store: PictureStore, lines: list[
         for where, raw in raw_rows(file):
             layout, row = our_row(raw, where, file.parent)
             row = normalise_row(row, where, images_root)
-            row["images"] = [_stored(image, where, store) for image in row["images"]]
+            images = row["images"]
+            row["images"] = [store.add(image) if isinstance(image, bytes) else image for image in images]
             counts[layout, bool(row["images"])] += 1
             yield row
         if not counts:
@@ -173,16 +173,6 @@ def _read(files: list[Path], images_root: str, store: PictureStore, lines: list[
         what = f"{file_name(file)}: layout {layouts}: {pictured} of {counts.total()} rows have pictures"
         unmarked = counts["release 3", False]
         lines.append(f"{what}; in {unmarked} no <image> asks for it" if unmarked else what)
-
-
-def _stored(image: str | bytes, where: str, store: PictureStore) -> str:
-    """The path of a picture, or its place in the store."""
-    try:
-        if isinstance(image, str) and image.startswith("data:"):
-            image = base64.b64decode(image.partition(",")[2], validate=True)
-        return store.add(image) if isinstance(image, bytes) else image
-    except ValueError as error:
-        raise DataError(f"{where}: cannot read image {reprlib.repr(image)} ({error})") from None
 
 
 def normalise_row(row: dict, where: str, images_root: str | None = None) -> dict:
@@ -214,7 +204,7 @@ def _images(row: dict, where: str, images_root: str | None) -> list[str | bytes]
         return []
     if (row.get("images") or images) != images:
         raise DataError(f"{where}: has both 'image' and 'images', and they differ")
-    if isinstance(images, bytes) or (isinstance(images, str) and images.startswith("data:")):
+    if isinstance(images, bytes):
         images = [images]
     if isinstance(images, str):
         whole, images = images.strip(), [name.strip() for name in images.split(",") if name.strip()]
@@ -247,9 +237,8 @@ def _turns(row: dict, images: int, where: str) -> tuple[list[str], list[str]]:
         _refuse_pictures(turn, f"{where}: turn {number}")
         role, content = turn.get("role"), turn.get("content")
         if role not in ROLES:
-            raise DataError(
-                f"{where}: turn {number}: unknown role {role!r}, expected one of {', '.join(ROLES)}"
-            )
+            expected = f"expected one of {', '.join(ROLES)}"
+            raise DataError(f"{where}: turn {number}: unknown role {role!r}, {expected}")
         if not isinstance(content, str):
             raise DataError(f"{where}: turn {number}: 'content' must be text, found {content!r}")
         roles.append(role)

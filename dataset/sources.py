@@ -4,7 +4,6 @@ What a row means is layouts.py's.
 """
 
 import codecs
-import itertools
 import json
 import logging
 import os
@@ -134,17 +133,13 @@ def _unreadable(path: Path, error: Exception) -> DataError:
     return DataError(f"{file_name(path)}: Parquet that cannot be read ({first_line(error)})")
 
 
-def picture_bytes(path: Path) -> int:
-    """The most that the pictures inside a file can take: its bytes as they are encoded, which has each one
-    once where the writer kept a dictionary."""
+def parquet_bytes(path: Path) -> int:
+    """The most that the content of a Parquet file takes elsewhere: what it is before compression, with each
+    picture once where the writer kept a dictionary. 0 for any other file."""
     if not _head(path).startswith(PARQUET):
         return 0
     try:
         about = pq.read_metadata(path)
     except (pa.ArrowException, OSError) as error:
         raise _unreadable(path, error) from None
-    leaves = [about.schema.column(i) for i in range(about.num_columns)]
-    binary = [leaf.physical_type == "BYTE_ARRAY" and leaf.logical_type.type == "NONE" for leaf in leaves]
-    columns = list(itertools.compress(range(about.num_columns), binary))
-    groups = [about.row_group(i) for i in range(about.num_row_groups)]
-    return sum(group.column(i).total_uncompressed_size for group in groups for i in columns)
+    return sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups))

@@ -141,7 +141,7 @@ def killed(paths: list[Path], function: str, call: int) -> None:
 
 @pytest.mark.parametrize(
     ("function", "call"),
-    [("picture_bytes", 1), ("normalise_row", 1), ("normalise_row", 1500), ("flush_folder", 1)],
+    [("parquet_bytes", 1), ("normalise_row", 1), ("normalise_row", 1500), ("flush_folder", 1)],
     ids=["before the first row", "at the first", "amid the rows", "after the last"],
 )
 def test_a_build_that_was_killed_leaves_nothing_behind(contents, tmp_path, own_tables, function, call):
@@ -172,7 +172,7 @@ def test_free_space_is_looked_at_first(contents, tmp_path, own_tables, monkeypat
     with pytest.raises(DataError) as caught:
         load_rows([write_table(tmp_path / "x.parquet", contents)])
     place = f"cannot write to HF_DATASETS_CACHE {tmp_path / 'tables'}"
-    assert str(caught.value) == f"{place}: the pictures inside x.parquet need up to 0.0 GB, 0.0 GB are free"
+    assert str(caught.value) == f"{place}: rows and pictures of x.parquet need up to 0.0 GB, 0.0 GB are free"
 
 
 def anonymous_bytes() -> int:
