@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from common.cli import UserError, user_errors
 from common.tokenizer import check_tokenizer
-from common.weights import SIZES, Sidecar, check_sizes, load_weights_file, read_sidecar, warn_of_heads
+from common.weights import SIZES, Sidecar, check_sizes, load_weights_file, read_sidecar
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.model_vlm import MiniMindVLM, VLMConfig, load_weights
 from model.processing_vlm import PLACEHOLDERS, MiniMindVLMProcessor
@@ -59,7 +59,6 @@ def settings_of_base(path: Path, wanted: dict[str, Any]) -> tuple[dict[str, Any]
     unknown. UserError where a size differs from the one that is `wanted`."""
     sidecar = read_sidecar(path) or load_weights_file(path)[1]
     check_sizes(sidecar, wanted, path)
-    warn_of_heads(sidecar, wanted, path)
     flags = {"tokenizer_path": "tokenizer", "vision_model_path": "encoder"}
     return sidecar["config"], {flag: (sidecar.get(part) or {}).get("path") for flag, part in flags.items()}
 

@@ -160,12 +160,11 @@ def _read_object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content := json.loads(path.read_text(encoding="utf-8")), dict):
+            return content
+        raise ValueError(f"but a {type(content).__name__}")
     except ValueError as error:
         raise UserError(f"{path}: not a JSON object ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not a JSON object, but a {type(content).__name__}")
-    return content
 
 
 def release_of(config: dict[str, Any]) -> int:
@@ -219,37 +218,31 @@ def translated(config: dict[str, Any]) -> dict[str, Any]:
     there has the release's default (golden numbers and facts: tests/golden/v3/README.md)."""
     given = {name: value for name, value in config.items() if value is not None}
     config = RELEASE_3 | given.get("rope_parameters", {}) | given
-    chosen, tokens = config["num_experts_per_tok"], config["image_token_len"]
-    width = 64 * math.ceil(config["hidden_size"] * math.pi / 64)
+    tokens, width = config["image_token_len"], 64 * math.ceil(config["hidden_size"] * math.pi / 64)
     alike = {name: value for name, value in config.items() if name in MiniMindConfig.__annotations__}
-    return (
-        alike
-        | {
-            "qk_norm": True,
-            "projector": "mlp",
-            "n_shared_experts": 0,
-            "norm_top1_prob": True,
-            "seq_aux": False,
-            "intermediate_size": config.get("intermediate_size", width),
-            "n_routed_experts": config["num_experts"],
-            "aux_loss_alpha": config["router_aux_loss_coef"] * chosen,  # their statistic is k times ours
-            "rope_scaling": YARN_3 if config["inference_rope_scaling"] else None,
-            "image_ids": config["image_ids"][:1] * tokens,
-            "image_special_token": "<|image_pad|>" * tokens,
-        }
-    )
+    return alike | {
+        "qk_norm": True,
+        "projector": "mlp",
+        "n_shared_experts": 0,
+        "norm_top1_prob": True,
+        "seq_aux": False,
+        "intermediate_size": config.get("intermediate_size", width),
+        "n_routed_experts": config["num_experts"],
+        # Their statistic is k times ours.
+        "aux_loss_alpha": config["router_aux_loss_coef"] * config["num_experts_per_tok"],
+        "rope_scaling": YARN_3 if config["inference_rope_scaling"] else None,
+        "image_ids": config["image_ids"][:1] * tokens,
+        "image_special_token": "<|image_pad|>" * tokens,
+    }
 
 
 def check_sizes(sidecar: Sidecar, wanted: dict[str, Any], path: Path) -> None:
-    """UserError that names each size in which the weights differ from the flags."""
+    """UserError that names each size in which the weights differ from the flags; a warning where neither
+    tells how many heads they have."""
     config = sidecar["config"]
     different = [f"{k} {config[k]} (flag: {v})" for k, v in wanted.items() if k in config and config[k] != v]
     if different:
         raise UserError(f"{path} does not fit the flags: it has {', '.join(different)}")
-
-
-def warn_of_heads(sidecar: Sidecar, given: dict[str, Any], path: Path) -> None:
-    """A warning where nothing tells how many heads the weights have."""
-    if missing := {"num_attention_heads", "num_key_value_heads"} - sidecar["config"].keys() - given.keys():
+    if missing := {"num_attention_heads", "num_key_value_heads"} - config.keys() - wanted.keys():
         counts = ", ".join(f"--{name} {getattr(MiniMindConfig(), name)}" for name in sorted(missing))
         log.warning("warning: %s does not tell its heads, %s is assumed", path, counts)

@@ -10,14 +10,7 @@ from transformers import AutoImageProcessor
 from common.cli import DeviceFlags, UserError, optional_flag, user_errors
 from common.setup import ENCODERS, TOKENIZERS, build_vlm
 from common.tokenizer import check_tokenizer, load_tokenizer
-from common.weights import (
-    Sidecar,
-    check_sizes,
-    load_weights_file,
-    published_weights,
-    release_of,
-    warn_of_heads,
-)
+from common.weights import Sidecar, check_sizes, load_weights_file, published_weights, release_of
 from model.model_vlm import MiniMindVLM, load_weights
 from model.processing_vlm import MiniMindVLMProcessor
 
@@ -94,7 +87,6 @@ def load_pth(
         raise UserError(f"{path} has no projection: a language model's weights, expected a VLM's")
     given = {name: count for name, count in (heads or {}).items() if count}
     check_sizes(sidecar, given, path)
-    warn_of_heads(sidecar, given, path)
     sidecar = sidecar | {"config": sidecar["config"] | given}
     trained = {part: sidecar.get(part) or {} for part in ("tokenizer", "encoder")}
     release = release_of(sidecar["config"])
