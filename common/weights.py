@@ -15,6 +15,7 @@ import datasets
 import torch
 import transformers
 from safetensors.torch import load_file
+from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.cli import UserError
@@ -64,17 +65,13 @@ def cpu_copy(value: Any, dtype: torch.dtype | None = None) -> Any:
     """A nested state dict with copies of its tensors on the CPU; one that stands in it twice stays one."""
     copies: dict[tuple, torch.Tensor] = {}
 
-    def copy(part: Any) -> Any:
-        if isinstance(part, torch.Tensor):
-            key = (part.data_ptr(), part.shape, part.stride())
-            if part.numel() == 0 or key not in copies:
-                copies[key] = part.detach().to("cpu", dtype, copy=True)
-            return copies[key]
-        if isinstance(part, dict):
-            return {name: copy(inner) for name, inner in part.items()}
-        return [copy(inner) for inner in part] if isinstance(part, list) else part
+    def copy(tensor: torch.Tensor) -> torch.Tensor:
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if tensor.numel() == 0 or key not in copies:
+            copies[key] = tensor.detach().to("cpu", dtype, copy=True)
+        return copies[key]
 
-    return copy(value)
+    return tree_map_only(torch.Tensor, copy, value)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -46,15 +46,14 @@ class FeatureCache:
             key.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         self.folder, self.dtype = folder / key.hexdigest()[:16], dtype
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.shards: dict[str, np.ndarray] = {}  # opened when asked for
-        self.listed: set[str] = set()
+        self.shards: dict[str, np.ndarray | None] = {}  # opened when asked for
         self.places: dict[str, tuple[str, int]] = {}  # digest of an image file -> shard and row
         self.digests: dict[str, str] = {}  # path -> digest
 
     def __getitem__(self, path: str) -> torch.Tensor:
         """(P, W) fp16 of a picture that `find_missing` has been asked about."""
         shard, row = self.places[self.digests[path]]
-        if shard not in self.shards:
+        if self.shards[shard] is None:
             self.shards[shard] = np.load(self.folder / f"{shard}.npy", mmap_mode="r")
         stored = self.shards[shard][row]
         if stored.dtype.names:  # int8 with scales
@@ -63,13 +62,13 @@ class FeatureCache:
 
     def __getstate__(self) -> dict:
         """For worker processes that are not forked: pickling a memory map would copy all of it."""
-        return {**self.__dict__, "shards": {}}
+        return {**self.__dict__, "shards": dict.fromkeys(self.shards)}
 
     def read_shards(self) -> None:
         """Takes note of the shards that are complete, other processes' included."""
         for listing in self.folder.glob("[!.]*.json"):
-            if listing.stem not in self.listed and listing.with_suffix(".npy").is_file():
-                self.listed.add(listing.stem)
+            if listing.stem not in self.shards and listing.with_suffix(".npy").is_file():
+                self.shards[listing.stem] = None
                 for row, digest in enumerate(json.loads(listing.read_text())):
                     self.places[digest] = listing.stem, row
 
