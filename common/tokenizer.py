@@ -38,7 +38,5 @@ def check_tokenizer(
     if not trained and not asked:
         log.warning("warning: %s has no sidecar: its tokenizer cannot be checked, see --tokenizer_path", path)
     if trained and trained["fingerprint"] != tokenizer_fingerprint(tokenizer):
-        raise UserError(
-            f"{path} was trained with another tokenizer ({trained['path']}) than {tokenizer.name_or_path}: "
-            f"give --tokenizer_path"
-        )
+        found = f"another tokenizer ({trained['path']}) than {tokenizer.name_or_path}"
+        raise UserError(f"{path} was trained with {found}: give --tokenizer_path")

@@ -41,10 +41,8 @@ def _convert(row: dict) -> tuple[str, dict]:
     for name, (fits, convert) in LAYOUTS.items():
         if fits(row):
             return name, convert(row)
-    fields = ", ".join(map(repr, row)) or "(none)"
-    raise ValueError(
-        f"expected a non-empty list 'conversations', found None: no layout has the fields {fields}"
-    )
+    found = f"no layout has the fields {', '.join(map(repr, row)) or '(none)'}"
+    raise ValueError(f"expected a non-empty list 'conversations', found None: {found}")
 
 
 def _imagefolder(row: dict) -> dict:
@@ -93,9 +91,8 @@ def _part_picture(part: Any, rest: Iterator, where: str) -> Any:
     if part.get("type") == "text" and isinstance(part.get("text"), str):
         return None
     if part.get("type") not in ("image", "image_url"):
-        raise ValueError(
-            f"{where}: expected a part 'text', 'image' or 'image_url', found {reprlib.repr(part)}"
-        )
+        expected = f"{where}: expected a part 'text', 'image' or 'image_url'"
+        raise ValueError(f"{expected}, found {reprlib.repr(part)}")
     own = next((part[key] for key in ("image_url", "image", "url", "path") if key in part), None)
     own = _picture(own["url"] if isinstance(own, dict) and "url" in own else own)
     if own is None and (own := next(rest, None)) is None:

@@ -54,10 +54,9 @@ def find_files(path: Path) -> list[Path]:
 def _fetch(repository: str, revision: str, folder: str) -> Path:
     """A data set from the hub, in its cache."""
     asked = {"repo_type": "dataset", "revision": revision or None}
+    asked["allow_patterns"] = [str(Path(folder, f"*.{suffix}")) for suffix in FETCHED]
     try:
-        found = snapshot_download(
-            repository, **asked, allow_patterns=[str(Path(folder, f"*.{s}")) for s in FETCHED]
-        )
+        found = snapshot_download(repository, **asked)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"hf://datasets/{repository} cannot be fetched ({reason})") from None
