@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import LongTensor, Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
@@ -64,10 +64,8 @@ class MiniMindConfig(PreTrainedConfig):
     rope_scaling: dict | None = None  # YaRN, with all keys of YARN
 
     def __post_init__(self, **kwargs):
-        if named := sorted(RELEASE_3_NAMES & kwargs.keys()):
-            raise ValueError(
-                f"{', '.join(named)}: names of release 3, which common/weights.py translates into ours"
-            )
+        if names := ", ".join(sorted(RELEASE_3_NAMES & kwargs.keys())):
+            raise ValueError(f"{names}: names of release 3, which common/weights.py translates into ours")
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.intermediate_size is None:
@@ -75,22 +73,19 @@ class MiniMindConfig(PreTrainedConfig):
         if self.moe_intermediate_size is None:
             self.moe_intermediate_size = self.intermediate_size
         super().__post_init__(**kwargs)
+        heads = f"num_attention_heads {self.num_attention_heads}"
         if self.head_dim is None and self.hidden_size % (2 * self.num_attention_heads):
-            raise ValueError(
-                f"hidden_size {self.hidden_size} must be a multiple of twice num_attention_heads "
-                f"{self.num_attention_heads}: heads are equal and RoPE rotates halves"
-            )
+            multiple = f"hidden_size {self.hidden_size} must be a multiple of twice {heads}"
+            raise ValueError(f"{multiple}: heads are equal and RoPE rotates halves")
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} must be even: RoPE rotates halves")
         scaling = self.rope_scaling
         if scaling and (scaling.get("rope_type", scaling.get("type")) != "yarn" or YARN - scaling.keys()):
-            raise ValueError(
-                f"rope_scaling is {scaling}, expected rope_type 'yarn' with {', '.join(sorted(YARN))}"
-            )
+            keys = ", ".join(sorted(YARN))
+            raise ValueError(f"rope_scaling is {scaling}, expected rope_type 'yarn' with {keys}")
         if self.num_attention_heads % self.num_key_value_heads:
-            heads = f"num_attention_heads {self.num_attention_heads}"
             raise ValueError(f"{heads} must be a multiple of num_key_value_heads {self.num_key_value_heads}")
         if self.scoring_func != "softmax":
             raise ValueError(f"scoring_func is {self.scoring_func!r}, but only 'softmax' exists")
@@ -106,13 +101,13 @@ class MiniMindOutput(ModelOutput):
     `output_hidden_states` asks for `hidden_states`: embeddings and each block's output, the last one normed;
     `output_attentions` for `attentions` (B, H, T, S) of each block."""
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    aux_loss: torch.Tensor | None = None
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    aux_loss: Tensor | None = None
     past_key_values: Cache | None = None
-    last_hidden_state: torch.Tensor | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
+    last_hidden_state: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
 class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
@@ -145,14 +140,14 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
+        input_ids: LongTensor | None = None,
+        attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool = False,
-        logits_to_keep: int | torch.Tensor = 0,
-        labels: torch.LongTensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        labels: LongTensor | None = None,
+        position_ids: LongTensor | None = None,
+        inputs_embeds: Tensor | None = None,
         **args,
     ) -> MiniMindOutput:
         """Logits `(B, T, V)`, or only those of the last `logits_to_keep` positions or of an index tensor's.
@@ -167,40 +162,34 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         only_loss = labels is not None and args.get("skip_logits", False)
-        positions, targets = supervised_positions(labels) if labels is not None else (None, None)
+        positions = loss = logits = None
+        if labels is not None:
+            targets = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()  # (B * T,), -100 at a row's end
+            positions = (targets != -100).nonzero().squeeze(1)  # (supervised,)
         wanted = positions if only_loss else None
         weights = args.get("output_attentions", self.config.output_attentions)
         hidden, aux_loss = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, wanted, weights
         )
-        loss, logits = None, None
         if labels is not None:
             supervised = hidden if only_loss else select(hidden, positions)  # (supervised, C)
             items = args.get("num_items_in_batch")
-            loss = self._loss_sum(supervised, targets) / (max(len(targets), 1) if items is None else items)
+            items = max(len(positions), 1) if items is None else items
+            loss = self._loss_sum(supervised, targets[positions]) / items
         if not only_loss:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, keep])  # (B, kept, V)
-        return MiniMindOutput(
-            loss=loss,
-            logits=logits,
-            aux_loss=aux_loss,
-            past_key_values=past_key_values,
-            last_hidden_state=None if only_loss else hidden,
-        )
+        return MiniMindOutput(loss, logits, aux_loss, past_key_values, None if only_loss else hidden)
 
-    def _loss_sum(self, hidden: torch.Tensor, targets: torch.LongTensor) -> torch.Tensor:
+    def _loss_sum(self, hidden: Tensor, targets: LongTensor) -> Tensor:
         """Summed fp32 cross-entropy of hidden states (N, C) and targets (N,); without any, 0 with gradients.
 
         At most `LOSS_CHUNK` positions have logits at a time.
         """
-        if len(targets) <= LOSS_CHUNK:
-            return self._cross_entropy_sum(hidden, targets)
-        # Recompute each chunk's logits in the backward pass rather than keep them all.
-        chunks = zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True)
-        return sum(checkpoint(self._cross_entropy_sum, *chunk, use_reentrant=False) for chunk in chunks)
-
-    def _cross_entropy_sum(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if len(targets) > LOSS_CHUNK:
+            # Recompute each chunk's logits in the backward pass rather than keep them all.
+            chunks = zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True)
+            return sum(checkpoint(self._loss_sum, *chunk, use_reentrant=False) for chunk in chunks)
         return F.cross_entropy(self.lm_head(hidden).float(), targets, reduction="sum")
 
 
@@ -218,19 +207,19 @@ class MiniMindModel(nn.Module):
         self.register_buffer("freqs_cos", cos, persistent=False)
         self.register_buffer("freqs_sin", sin, persistent=False)
 
-    def embed(self, input_ids: torch.LongTensor) -> torch.Tensor:
+    def embed(self, input_ids: LongTensor) -> Tensor:
         return self.dropout(self.embed_tokens(input_ids))  # (B, T, C)
 
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        input_ids: LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: LongTensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        positions: torch.LongTensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        positions: LongTensor | None = None,
         output_attentions: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         """Final hidden states (B, T, C), or (N, C) at flat `positions` (N,) alone; auxiliary loss."""
         hidden = self.embed(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
         length = hidden.shape[1]
@@ -245,30 +234,27 @@ class MiniMindModel(nn.Module):
             else:
                 position_ids = torch.arange(length, device=hidden.device)[None] + past  # (1, T)
         rope = tuple(table[position_ids].unsqueeze(1) for table in (self.freqs_cos, self.freqs_sin))
+        attention = {"rope": rope, "mask": mask, "past_key_values": past_key_values}
+        attention["output_attentions"] = output_attentions
         aux_loss = torch.zeros((), device=hidden.device)
-        last = len(self.layers) - 1
-        for index, layer in enumerate(self.layers):
-            wanted = positions if index == last else None
-            hidden, layer_aux_loss = layer(
-                hidden, rope, mask, sequences, wanted, output_attentions, past_key_values=past_key_values
-            )
-            if layer_aux_loss is not None:
-                aux_loss = aux_loss + layer_aux_loss
+        for layer in self.layers:
+            wanted = positions if layer is self.layers[-1] else None
+            hidden, layer_aux_loss = layer(hidden, sequences, wanted, **attention)
+            aux_loss = aux_loss + layer_aux_loss
         return self.norm(hidden), aux_loss
 
     def _masks(
         self,
-        hidden: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.LongTensor | None,
+        hidden: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: LongTensor | None,
         past_key_values: Cache | None,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    ) -> tuple[Tensor | None, Tensor | None]:
         """What each token sees (B, 1, T, S), None where the plain causal mask gives the same answer for every
         real token; and which tokens each sequence of a row has (B, R, T), None where a row is one."""
-        tokens, ready_made = None, attention_mask is not None and attention_mask.dim() != 2
-        if attention_mask is not None and not ready_made:
-            tokens = attention_mask[:, -hidden.shape[1] :].bool()  # (B, T)
-        if position_ids is not None and past_key_values is None and not ready_made:
+        is_2d = attention_mask is not None and attention_mask.dim() == 2
+        tokens = attention_mask[:, -hidden.shape[1] :].bool() if is_2d else None  # (B, T)
+        if position_ids is not None and past_key_values is None and (is_2d or attention_mask is None):
             starts = position_ids.expand(hidden.shape[:2]) == 0  # (B, T)
             if bool(starts[:, 1:].any()):  # packed
                 rows = starts.cumsum(-1) if tokens is None else starts.cumsum(-1).masked_fill(~tokens, -1)
@@ -292,25 +278,16 @@ class MiniMindBlock(GradientCheckpointingLayer):
         self.mlp = MoE(config) if config.use_moe else FeedForward(config, config.intermediate_size)
 
     def forward(
-        self,
-        hidden: torch.Tensor,
-        rope: tuple[torch.Tensor, torch.Tensor],
-        mask: torch.Tensor | None,
-        sequences: torch.Tensor | None,
-        positions: torch.Tensor | None = None,
-        output_attentions: bool = False,
-        past_key_values: Cache | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B, T, C) -> the same, or (N, C) at flat `positions` (N,) alone; auxiliary loss of a MoE."""
-        normed = self.input_layernorm(hidden)
-        hidden = hidden + self.self_attn(normed, rope, mask, past_key_values, output_attentions)[0]
+        self, hidden: Tensor, sequences: Tensor | None, positions: LongTensor | None, **attention
+    ) -> tuple[Tensor, Tensor | float]:
+        """(B, T, C) -> the same, or (N, C) at flat `positions` (N,) alone; auxiliary loss. `attention` is
+        what Attention takes."""
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), **attention)[0]
         if isinstance(self.mlp, MoE):  # its balance depends on all tokens
             update, aux_loss = self.mlp(self.post_attention_layernorm(hidden), sequences)
-            hidden = hidden + update
-            return hidden if positions is None else select(hidden, positions), aux_loss
-        if positions is not None:
-            hidden = select(hidden, positions)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden)), None
+            return select(hidden + update, positions), aux_loss
+        hidden = select(hidden, positions)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden)), 0.0
 
 
 class Attention(nn.Module):
@@ -332,12 +309,12 @@ class Attention(nn.Module):
 
     def forward(
         self,
-        hidden: torch.Tensor,
-        rope: tuple[torch.Tensor, torch.Tensor],
-        mask: torch.Tensor | None,
+        hidden: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None,
         past_key_values: Cache | None,
         output_attentions: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None]:
         """(B, T, C) -> the same, and the attention weights (B, H, T, S) where they are asked for."""
         B, T, _ = hidden.shape
         query = self.q_proj(hidden).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
@@ -372,7 +349,7 @@ class FeedForward(nn.Module):
         self.activation = ACT2FN[config.hidden_act]
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: Tensor) -> Tensor:
         return self.dropout(self.down_proj(self.activation(self.gate_proj(hidden)) * self.up_proj(hidden)))
 
 
@@ -387,11 +364,9 @@ class MoE(nn.Module):
         self.experts = nn.ModuleList(FeedForward(config, size) for _ in range(config.n_routed_experts))
         self.shared_experts = nn.ModuleList(FeedForward(config, size) for _ in range(config.n_shared_experts))
 
-    def forward(
-        self, hidden: torch.Tensor, sequences: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(self, hidden: Tensor, sequences: Tensor | None = None) -> tuple[Tensor, Tensor | float]:
         """`sequences` (B, R, T) says which tokens belong to a row's R-th sequence, padding to none; if None,
-        a row is one sequence. The second result is None outside training."""
+        a row is one sequence. The second result is the auxiliary loss, 0 outside training."""
         scores = self.gate(hidden).softmax(-1, dtype=torch.float32)  # (B, T, E)
         weights, choices = scores.topk(self.config.num_experts_per_tok, dim=-1, sorted=False)  # (B, T, k)
         is_normed = self.config.num_experts_per_tok > 1 or self.config.norm_top1_prob
@@ -401,10 +376,10 @@ class MoE(nn.Module):
         output = self._routed(*flat).view_as(hidden)
         for expert in self.shared_experts:
             output = output + expert(hidden)
-        return output, self._balance_loss(scores, choices, sequences) if self.training else None
+        return output, self._balance_loss(scores, choices, sequences) if self.training else 0.0
 
     @torch.compiler.disable  # sizes that depend on the data: it would compile again and again
-    def _routed(self, tokens: torch.Tensor, choices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def _routed(self, tokens: Tensor, choices: Tensor, weights: Tensor) -> Tensor:
         """Tokens (N, C), choices and weights (N, k) -> (N, C): one gather, the experts, back."""
         k = choices.shape[1]
         order = choices.flatten().argsort(stable=True)  # (N * k,), choices sorted by expert
@@ -414,20 +389,16 @@ class MoE(nn.Module):
         outputs = run(gathered, counts).index_select(0, order.argsort())  # back in the tokens' order
         return (outputs.view(-1, k, tokens.shape[1]) * weights.unsqueeze(-1).type_as(outputs)).sum(1)
 
-    def _sliced_experts(self, gathered: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    def _sliced_experts(self, gathered: Tensor, counts: Tensor) -> Tensor:
         # In training an expert without tokens runs on none: its gradient is then zero, not missing (DDP).
-        outputs = [
-            expert(part)
-            for expert, part in zip(self.experts, gathered.split(counts.tolist()), strict=True)
-            if len(part) or self.training
-        ]
-        return torch.cat(outputs)  # (N * k, C)
+        parts = zip(self.experts, gathered.split(counts.tolist()), strict=True)
+        return torch.cat([expert(part) for expert, part in parts if len(part) or self.training])  # (N * k, C)
 
-    def _grouped_experts(self, gathered: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    def _grouped_experts(self, gathered: Tensor, counts: Tensor) -> Tensor:
         ends = counts.cumsum(0, dtype=torch.int32)  # (E,)
         dtype = matmul_dtype(gathered)
 
-        def project(states: torch.Tensor, name: str) -> torch.Tensor:
+        def project(states: Tensor, name: str) -> Tensor:
             # Autocast does not know grouped_mm.
             weights = [getattr(expert, name).weight.to(dtype) for expert in self.experts]
             return F.grouped_mm(states.to(dtype), torch.stack(weights).transpose(1, 2), offs=ends)
@@ -436,9 +407,7 @@ class MoE(nn.Module):
         inner = first.activation(project(gathered, "gate_proj")) * project(gathered, "up_proj")
         return first.dropout(project(inner, "down_proj"))  # (N * k, C)
 
-    def _balance_loss(
-        self, scores: torch.Tensor, choices: torch.Tensor, sequences: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _balance_loss(self, scores: Tensor, choices: Tensor, sequences: Tensor | None) -> Tensor:
         """alpha * mean over sequences of the sum over experts of (share of choices * E) * (mean score)."""
         chosen = F.one_hot(choices, scores.shape[-1]).sum(2).float()  # (B, T, E)
         if sequences is None:
@@ -455,35 +424,27 @@ class MoE(nn.Module):
         return self.config.aux_loss_alpha * losses.sum() / (tokens > 0).sum().clamp(min=1)
 
 
-def has_grouped_matmul(states: torch.Tensor) -> bool:
+def has_grouped_matmul(states: Tensor) -> bool:
     """Whether one kernel multiplies all experts' tokens: CUDA in bf16, rows of whole 16 bytes.
 
     Not on the CPU: there `grouped_mm` is a loop inside, and copies the weights (512 x 1408, 4 experts, 3000
     choices, fp32, forward and backward: 456 to 475 ms, slices 448 to 458 ms).
     """
-    if not hasattr(F, "grouped_mm"):  # torch before 2.10
-        return False
-    if not states.is_cuda or matmul_dtype(states) != torch.bfloat16 or states.shape[1] % 8:
+    known = hasattr(F, "grouped_mm")  # not before torch 2.10
+    if not known or not states.is_cuda or matmul_dtype(states) != torch.bfloat16 or states.shape[1] % 8:
         return False
     return torch.cuda.get_device_capability(states.device) >= (8, 0)
 
 
-def matmul_dtype(states: torch.Tensor) -> torch.dtype:
+def matmul_dtype(states: Tensor) -> torch.dtype:
     """What a linear layer would compute in here."""
     device = states.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
 
 
-def supervised_positions(labels: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
-    """Of labels (B, T): the flat positions in B * T whose next label counts (N,), and those labels (N,)."""
-    targets = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()  # (B * T,)
-    positions = (targets != -100).nonzero().squeeze(1)  # (N,)
-    return positions, targets[positions]
-
-
-def select(hidden: torch.Tensor, positions: torch.LongTensor) -> torch.Tensor:
-    """(B, T, C) -> (N, C) at flat positions (N,)."""
-    return hidden.flatten(0, 1).index_select(0, positions)
+def select(hidden: Tensor, positions: LongTensor | None) -> Tensor:
+    """(B, T, C) -> (N, C) at flat positions (N,); None: all of it, as it is."""
+    return hidden if positions is None else hidden.flatten(0, 1).index_select(0, positions)
 
 
 class RMSNorm(nn.Module):
@@ -492,12 +453,12 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(size))
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: Tensor) -> Tensor:
         normed = F.rms_norm(hidden.float(), self.weight.shape, eps=self.eps)
         return self.weight * normed.type_as(hidden)
 
 
-def rope_tables(config: MiniMindConfig) -> tuple[torch.Tensor, torch.Tensor]:
+def rope_tables(config: MiniMindConfig) -> tuple[Tensor, Tensor]:
     """Cosines and sines `(max_position_embeddings, D)` of Su et al. 2021, both halves alike."""
     inverse = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2).float() / config.head_dim)
     yarn, magnitude = config.rope_scaling, 1.0
@@ -508,7 +469,7 @@ def rope_tables(config: MiniMindConfig) -> tuple[torch.Tensor, torch.Tensor]:
     return angles.cos() * magnitude, angles.sin() * magnitude
 
 
-def yarn_frequencies(inverse: torch.Tensor, config: MiniMindConfig) -> torch.Tensor:
+def yarn_frequencies(inverse: Tensor, config: MiniMindConfig) -> Tensor:
     """YaRN (Peng et al. 2023): frequencies (D / 2,) that turn `beta_fast` times or more within the original
     length stay, those that turn `beta_slow` times or less are divided by `factor`, with a ramp between."""
     yarn, pairs = config.rope_scaling, len(inverse)
@@ -523,7 +484,7 @@ def yarn_frequencies(inverse: torch.Tensor, config: MiniMindConfig) -> torch.Ten
     return inverse * (1 - ramp + ramp / yarn["factor"])
 
 
-def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE on (B, heads, T, D), rotating halves; the tables' precision, the states' dtype."""
     first, second = states.chunk(2, dim=-1)  # (B, heads, T, D / 2) each
     return (states * cos + torch.cat((-second, first), dim=-1) * sin).type_as(states)
