@@ -29,7 +29,7 @@ class PublishedVLM(MiniMindVLM):
         return output
 
 
-def attention_step_by_step(self, hidden, rope, mask, past_key_values):
+def attention_step_by_step(self, hidden, rope, mask, past_key_values, output_attentions):
     B, T, C = hidden.shape
     query, key, value = (
         projection(hidden).view(B, T, -1, self.head_dim).transpose(1, 2)
@@ -43,7 +43,7 @@ def attention_step_by_step(self, hidden, rope, mask, past_key_values):
     S = key.shape[2]
     scores = scores + torch.full((T, S), -math.inf, device=hidden.device).triu(S - T + 1)
     output = scores.softmax(-1) @ value  # (B, H, T, D)
-    return self.resid_dropout(self.o_proj(output.transpose(1, 2).reshape(B, T, C)))
+    return self.resid_dropout(self.o_proj(output.transpose(1, 2).reshape(B, T, C))), None
 
 
 def experts_one_by_one(self, tokens, choices, weights):
