@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import nn
+from torch import LongTensor, Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import SubConfigSpec
@@ -50,27 +50,21 @@ class VLMConfig(MiniMindConfig):
             raise ValueError("image_ids must be one id, repeated for every token of an image")
 
 
-class VisionProj(nn.Module):
-    """One linear layer from the encoder's width to the language model's."""
+class VisionProj(nn.Sequential):
+    """One linear layer from the encoder's width to the language model's: (..., W) -> (..., C)."""
 
     def __init__(self, vision_size: int = 768, hidden_size: int = 512):
         super().__init__()
         self.vision_proj = nn.Sequential(nn.Linear(vision_size, hidden_size))
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return self.vision_proj(features)  # (..., W) -> (..., C)
 
-
-class MLPProj(nn.Module):
-    """A norm and two linear layers, as release 3 has them."""
+class MLPProj(nn.Sequential):
+    """A norm and two linear layers, as release 3 has them: (..., W) -> (..., C)."""
 
     def __init__(self, vision_size: int = 768, hidden_size: int = 768):
         super().__init__()
         first, second = nn.Linear(vision_size, hidden_size), nn.Linear(hidden_size, hidden_size)
         self.mlp = nn.Sequential(nn.LayerNorm(vision_size), first, nn.GELU(), second)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return self.mlp(features)  # (..., W) -> (..., C)
 
 
 PROJECTORS = {"linear": VisionProj, "mlp": MLPProj}
@@ -91,15 +85,14 @@ class MiniMindVLM(MiniMindForCausalLM):
         # from_pretrained builds on the meta device, where no file may be read.
         elif is_given or (vision_model_path and torch.get_default_device().type != "meta"):
             self.vision_encoder, self.processor = self.get_vision_model(vision_model_path)
-        vision_size = 768
         if self.vision_encoder is not None:
-            self.config.vision_config = vision_config = self.vision_encoder.config
-            vision_size = vision_config.hidden_size
-            if self.processor is not None:  # it decides how large a picture is, and the config need not know
-                tokens = patch_count(vision_config, _blank_pixels(self.processor))
-                token, ids = self.config.image_special_token, self.config.image_ids
-                self.config.image_special_token = token[: len(token) // len(ids)] * tokens
-                self.config.image_ids = ids[:1] * tokens
+            self.config.vision_config = self.vision_encoder.config
+        if self.processor is not None:  # it decides how large a picture is, and the config need not know
+            tokens = patch_count(self.config.vision_config, _blank_pixels(self.processor))
+            token, ids = self.config.image_special_token, self.config.image_ids
+            self.config.image_special_token = token[: len(token) // len(ids)] * tokens
+            self.config.image_ids = ids[:1] * tokens
+        vision_size = 768 if self.vision_encoder is None else self.vision_encoder.config.hidden_size
         self.vision_proj = PROJECTORS[self.config.projector](vision_size, self.config.hidden_size)
         self.post_init()
         self.train(self.training)
@@ -114,10 +107,8 @@ class MiniMindVLM(MiniMindForCausalLM):
         """
         folder = Path(model_path)
         if not folder.is_dir():
-            raise FileNotFoundError(
-                f"no vision encoder at {folder}: `python scripts/download.py clip` (release 2) or `siglip2` "
-                "(release 3) gets a published one"
-            )
+            command = "`python scripts/download.py clip` (release 2) or `siglip2` (release 3)"
+            raise FileNotFoundError(f"no vision encoder at {folder}: {command} gets a published one")
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # or each weight of the text tower is reported
         try:
@@ -142,12 +133,12 @@ class MiniMindVLM(MiniMindForCausalLM):
         return encoder.requires_grad_(False), processor
 
     @staticmethod
-    def image2tensor(image, processor) -> torch.Tensor:
+    def image2tensor(image, processor) -> Tensor:
         """A PIL image of any mode -> (1, 3, H, W), as the encoder wants it."""
         return processor(images=to_rgb(image), return_tensors="pt")["pixel_values"]
 
     @staticmethod
-    def get_image_embeddings(pixel_values: torch.Tensor, vision_model: PreTrainedModel) -> torch.Tensor:
+    def get_image_embeddings(pixel_values: Tensor, vision_model: PreTrainedModel) -> Tensor:
         """Images (B, 3, H, W) -> the patches' last hidden states (B, P, W), without gradient.
 
         Always in the encoder's own dtype, whatever autocast surrounds the call: features computed during
@@ -158,10 +149,8 @@ class MiniMindVLM(MiniMindForCausalLM):
         config = vision_model.config
         patches, registers = patch_count(config, pixel_values), getattr(config, "num_register_tokens", 0)
         if states.shape[1] not in (patches, patches + 1 + registers):
-            raise ValueError(
-                f"the encoder gave {states.shape[1]} tokens for an image of {patches} patches; "
-                f"only a class token and {registers} registers can be dropped"
-            )
+            found = f"the encoder gave {states.shape[1]} tokens for an image of {patches} patches"
+            raise ValueError(f"{found}; only a class token and {registers} registers can be dropped")
         return states[:, -patches:]
 
     def train(self, mode: bool = True) -> "MiniMindVLM":
@@ -173,17 +162,17 @@ class MiniMindVLM(MiniMindForCausalLM):
 
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
+        input_ids: LongTensor | None = None,
+        attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool = False,
-        logits_to_keep: int | torch.Tensor = 0,
-        pixel_values: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
-        image_features: torch.Tensor | None = None,
-        image_counts: torch.LongTensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        first_image: torch.LongTensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        pixel_values: Tensor | None = None,
+        labels: LongTensor | None = None,
+        image_features: Tensor | None = None,
+        image_counts: LongTensor | None = None,
+        position_ids: LongTensor | None = None,
+        first_image: LongTensor | None = None,
         **args,
     ) -> MiniMindOutput:
         """As the language model's forward, with images.
@@ -197,98 +186,59 @@ class MiniMindVLM(MiniMindForCausalLM):
         """
         images = image_features if image_features is not None else pixel_values
         if images is not None and (past_key_values is None or past_key_values.get_seq_length() == 0):
-            features, image_counts = self._real_features(
-                pixel_values, image_features, image_counts, first_image
-            )
+            if image_features is not None:
+                features, counts = real_slots(image_features, "(B, I, P, W)", image_counts)
+            else:
+                images = images.squeeze(2) if images.dim() == 6 else images
+                images = images.unsqueeze(1) if images.dim() == 4 else images
+                images, counts = real_slots(images, "(B, I, 3, H, W)", image_counts)
+                features = self._encode(images, first_image)
             embedded = self.model.embed(input_ids)
-            args["inputs_embeds"] = self._insert_features(input_ids, embedded, features, image_counts)
+            args["inputs_embeds"] = self._insert_features(input_ids, embedded, features, counts)
         args |= {"labels": labels, "position_ids": position_ids}
         return super().forward(input_ids, attention_mask, past_key_values, use_cache, logits_to_keep, **args)
 
     def count_vision_proj(
-        self,
-        tokens: torch.LongTensor,
-        h: torch.Tensor,
-        vision_tensors: torch.Tensor | None = None,
-        seqlen: int = 512,
-        image_counts: torch.LongTensor | None = None,
-    ) -> torch.Tensor:
+        self, tokens: LongTensor, h: Tensor, vision_tensors: Tensor | None = None, seqlen: int = 512
+    ) -> Tensor:
         """`h` (B, T, C) with the placeholder runs of `tokens` (B, T) replaced by projected `vision_tensors`
         (B, I, P, W). `seqlen` belongs to the published signature; the length never changes here."""
         if vision_tensors is None:
             return h
-        features, image_counts = self._real_features(None, vision_tensors, image_counts)
-        return self._insert_features(tokens, h, features, image_counts)
+        return self._insert_features(tokens, h, *real_slots(vision_tensors, "(B, I, P, W)", None))
 
-    def _real_features(
-        self,
-        pixel_values: torch.Tensor | None,
-        image_features: torch.Tensor | None,
-        image_counts: torch.LongTensor | None,
-        first_image: torch.LongTensor | None = None,
-    ) -> tuple[torch.Tensor, torch.LongTensor]:
-        """Encoder outputs of the real slots, row after row (images, P, W), and their number per row (B,)."""
-        if image_features is not None:
-            images, layout = image_features, "(B, I, P, W)"
-        else:
-            images, layout = pixel_values, "(B, I, 3, H, W)"
-            images = images.squeeze(2) if images.dim() == 6 else images
-            images = images.unsqueeze(1) if images.dim() == 4 else images
-        if images.dim() != layout.count(",") + 1:
-            raise ValueError(f"images have shape {tuple(images.shape)}, expected {layout}")
-        rows, slots = images.shape[:2]
-        if image_counts is None:
-            image_counts = torch.full((rows,), slots, device=images.device)
-        if image_counts.shape != (rows,):
-            raise ValueError(f"image_counts has shape {tuple(image_counts.shape)}, expected ({rows},)")
-        image_counts = image_counts.to(images.device)
-        if bool(((image_counts < 0) | (image_counts > slots)).any()):
-            raise ValueError(
-                f"image_counts {image_counts.tolist()} must lie between 0 and the {slots} slots of a row"
-            )
-        real = torch.arange(slots, device=images.device) < image_counts[:, None]  # (B, I)
-        images = images[real]  # (images, ...)
-        if image_features is not None:
-            return images, image_counts
+    def _encode(self, images: Tensor, first_image: LongTensor | None) -> Tensor:
+        """Encoder outputs (images, P, W) of images (images, 3, H, W)."""
         if self.vision_encoder is None:
             raise ValueError("pixel_values were given, but this model was built without a vision encoder")
         if len(images) == 0:
-            width = self.vision_encoder.config.hidden_size
-            return images.new_zeros(0, len(self.config.image_ids), width), image_counts
+            return images.new_zeros(0, len(self.config.image_ids), self.vision_encoder.config.hidden_size)
         if first_image is None:
-            return self.get_image_embeddings(images, self.vision_encoder), image_counts
+            return self.get_image_embeddings(images, self.vision_encoder)
         first, picture = first_image.unique(return_inverse=True)  # (pictures,), (images,)
-        return self.get_image_embeddings(images[first], self.vision_encoder)[picture], image_counts
+        return self.get_image_embeddings(images[first], self.vision_encoder)[picture]
 
     def _insert_features(
-        self,
-        input_ids: torch.LongTensor,
-        embedded: torch.Tensor,
-        features: torch.Tensor,
-        image_counts: torch.LongTensor,
-    ) -> torch.Tensor:
+        self, input_ids: LongTensor, embedded: Tensor, features: Tensor, image_counts: LongTensor
+    ) -> Tensor:
         """`embedded` (B, T, C) with projected features (images, P, W) in place of the placeholder runs."""
         slots = self._image_positions(input_ids, image_counts)  # (B, T), bool
         weight = next(self.vision_proj.parameters())  # (C, W), or a norm's (W,)
-        if features.shape[1:] != (len(self.config.image_ids), weight.shape[-1]):
-            raise ValueError(
-                f"image features have shape {tuple(features.shape[1:])}, "
-                f"expected ({len(self.config.image_ids)}, {weight.shape[-1]})"
-            )
+        found, expected = tuple(features.shape[1:]), (len(self.config.image_ids), weight.shape[-1])
+        if found != expected:
+            raise ValueError(f"image features have shape {found}, expected {expected}")
         projected = self.vision_proj(features.to(weight.dtype)).to(embedded.dtype)  # (images, P, C)
         # Not in place: dropout and embedding need their outputs in the backward pass.
         return embedded.masked_scatter(slots.unsqueeze(-1), projected)
 
-    def _image_positions(self, input_ids: torch.LongTensor, image_counts: torch.LongTensor) -> torch.Tensor:
+    def _image_positions(self, input_ids: LongTensor, image_counts: LongTensor) -> Tensor:
         """Mask (B, T) of the ids that images replace: a maximal run of n * P placeholders takes n images."""
         tokens = len(self.config.image_ids)
         placeholder = input_ids == self.config.image_ids[0]  # (B, T)
-        before = nn.functional.pad(placeholder, (1, 0))[:, :-1]
-        after = nn.functional.pad(placeholder, (0, 1))[:, 1:]
-        starts = placeholder & ~before
-        rows, first = starts.nonzero(as_tuple=True)  # (runs,) each, row after row
-        last = (placeholder & ~after).nonzero(as_tuple=True)[1]
-        lengths = last - first + 1  # (runs,)
+        starts = placeholder & ~nn.functional.pad(placeholder, (1, 0))[:, :-1]  # (B, T)
+        rows = starts.nonzero()[:, 0]  # (runs,), row after row
+        run_of_token = starts.flatten().cumsum(0)[placeholder.flatten()] - 1  # (placeholders,)
+        lengths = run_of_token.bincount()  # (runs,)
         images = lengths // tokens  # 0 for a shorter run: that is text
         broken = (lengths > tokens) & (lengths % tokens != 0)
         found = torch.zeros_like(image_counts).index_add_(0, rows, images)  # (B,)
@@ -299,20 +249,32 @@ class MiniMindVLM(MiniMindForCausalLM):
             row = (found != image_counts).nonzero()[0].item()
             runs = f"{found[row].item()} runs of {tokens} image placeholders"
             raise ValueError(f"row {row}: {runs}, but {image_counts[row].item()} images")
-        run_of_token = (starts.flatten().cumsum(0) - 1).view_as(starts)  # meaningful inside runs
-        is_image = nn.functional.pad(images > 0, (0, 1))  # one more, for tokens before the first run
-        return placeholder & is_image[run_of_token]
+        return placeholder.masked_scatter(placeholder, images[run_of_token] > 0)
 
-    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
-        kwargs["is_first_iteration"] = is_first_iteration
+    def prepare_inputs_for_generation(self, input_ids, **kwargs):
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
-        if not is_first_iteration and kwargs.get("use_cache", True):
+        if not kwargs.get("is_first_iteration") and kwargs.get("use_cache", True):
             for name in ("pixel_values", "image_features", "image_counts"):  # they are in the cache
                 inputs.pop(name, None)
         return inputs
 
 
-def patch_count(vision_config: PreTrainedConfig, pixel_values: torch.Tensor | None = None) -> int:
+def real_slots(images: Tensor, layout: str, counts: LongTensor | None) -> tuple[Tensor, LongTensor]:
+    """Of `images` (B, I, ...) in that `layout` the real ones, row after row (images, ...), and how many each
+    row has (B,): its first `counts`, by default all. ValueError for what does not fit."""
+    if images.dim() != layout.count(",") + 1:
+        raise ValueError(f"images have shape {tuple(images.shape)}, expected {layout}")
+    rows, slots = images.shape[:2]
+    counts = torch.full((rows,), slots, device=images.device) if counts is None else counts.to(images.device)
+    if counts.shape != (rows,):
+        raise ValueError(f"image_counts has shape {tuple(counts.shape)}, expected ({rows},)")
+    if bool(((counts < 0) | (counts > slots)).any()):
+        given = f"image_counts {counts.tolist()}"
+        raise ValueError(f"{given} must lie between 0 and the {slots} slots of a row")
+    return images[torch.arange(slots, device=images.device) < counts[:, None]], counts
+
+
+def patch_count(vision_config: PreTrainedConfig, pixel_values: Tensor | None = None) -> int:
     """Patches of one image: of those in `pixel_values` (B, 3, H, W), else of one of the config's size.
 
     ValueError for a config that knows no patches.
@@ -322,16 +284,15 @@ def patch_count(vision_config: PreTrainedConfig, pixel_values: torch.Tensor | No
         raise ValueError(f"a {vision_config.model_type!r} config has no image_size and patch_size")
     if pixel_values is not None:
         sizes[0] = pixel_values.shape[-2:]
-    (height, width), (patch_height, patch_width) = (
-        size if isinstance(size, (list, tuple)) else (size, size) for size in sizes
-    )
+    sizes = [size if isinstance(size, (list, tuple)) else (size, size) for size in sizes]
+    (height, width), (patch_height, patch_width) = sizes
     return (height // patch_height) * (width // patch_width)
 
 
-def _blank_pixels(processor) -> torch.Tensor:
+def _blank_pixels(processor) -> Tensor:
     """A blank picture, preprocessed: (1, 3, H, W). ValueError if a wide and a high one become unlike."""
-    pictures = [Image.new("RGB", size) for size in ((64, 48), (48, 64))]
-    wide, high = (processor(images=picture, return_tensors="pt")["pixel_values"] for picture in pictures)
+    blanks = (Image.new("RGB", size) for size in ((64, 48), (48, 64)))
+    wide, high = (MiniMindVLM.image2tensor(blank, processor) for blank in blanks)
     if wide.shape != high.shape:
         sizes = f"{tuple(wide.shape[1:])} and {tuple(high.shape[1:])}"
         raise ValueError(f"its preprocessing makes pictures of {sizes}, expected one size for all")
@@ -339,7 +300,7 @@ def _blank_pixels(processor) -> torch.Tensor:
 
 
 def load_weights(
-    model: MiniMindForCausalLM, state_dict: dict[str, torch.Tensor], allow_missing: tuple[str, ...] = ()
+    model: MiniMindForCausalLM, state_dict: dict[str, Tensor], allow_missing: tuple[str, ...] = ()
 ) -> None:
     """Copies a state dict into the model, in the model's dtype; what does not fit is named in a ValueError.
 
@@ -365,6 +326,6 @@ def load_weights(
     model.load_state_dict(found, strict=False)
 
 
-def without_encoder(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def without_encoder(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """What is stored of a model: the encoder never changes."""
     return {key: value for key, value in state_dict.items() if not key.startswith("vision_encoder.")}
