@@ -61,8 +61,7 @@ def to_rgb(image: Any, image_size: int | None = None) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):
         image = _eight_bit(image)
     if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     image = image.convert("RGB")
     factor = min(image.size) // (OVERSAMPLING * image_size) if image_size else 1
     return image.reduce(factor) if factor > 1 else image

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
@@ -31,8 +32,11 @@ NO_CHANGE |= {"add_special_tokens": (False,), "load_audio_from_video": (False,)}
 class MiniMindVLMProcessor(ProcessorMixin):
     """Joins an image processor and the tokenizer.
 
-    `tokens_per_image` is P, the encoder's patch tokens: 196 for CLIP-ViT-B/16 at 224 pixels.
+    `tokens_per_image` is P, the encoder's patch tokens: 196 for CLIP-ViT-B/16 at 224 pixels. `placeholder`
+    is the token that stands for an image P times.
     """
+
+    model_input_names = ["input_ids", "attention_mask", "pixel_values", "image_counts"]  # noqa: RUF012
 
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, tokens_per_image: int = 196):
         self.tokens_per_image = tokens_per_image
@@ -42,24 +46,13 @@ class MiniMindVLMProcessor(ProcessorMixin):
             self.image_processor, self.tokenizer, self.chat_template = None, tokenizer, chat_template
         else:
             super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        self.placeholder = PLACEHOLDERS[PLACEHOLDERS[0] not in tokenizer.added_tokens_encoder]
+        self.placeholder_id = tokenizer.convert_tokens_to_ids(self.placeholder)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         """As transformers has it, with the same image processor whether or not torchvision is installed."""
         return super().from_pretrained(pretrained_model_name_or_path, **{"backend": "pil", **kwargs})
-
-    @property
-    def model_input_names(self) -> list[str]:
-        return ["input_ids", "attention_mask", "pixel_values", "image_counts"]
-
-    @property
-    def placeholder(self) -> str:
-        """The token that stands, `tokens_per_image` times, for an image."""
-        return PLACEHOLDERS[PLACEHOLDERS[0] not in self.tokenizer.added_tokens_encoder]
-
-    @property
-    def placeholder_id(self) -> int:
-        return self.tokenizer.convert_tokens_to_ids(self.placeholder)
 
     @property
     def image_size(self) -> int | None:
@@ -82,8 +75,7 @@ class MiniMindVLMProcessor(ProcessorMixin):
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of plain text between a turn's control tokens; ValueError if it looks like an image."""
-        text = self._with_placeholders([text], self.placeholder)
-        ids = self.tokenizer._encode_without_added_tokens(text)
+        ids = self.tokenizer._encode_without_added_tokens(self._with_placeholders([text]))
         return [self.tokenizer.bos_token_id, *ids, self.tokenizer.eos_token_id]
 
     def encode_prompt(self, messages: Sequence[dict], num_images: int = 0) -> list[int]:
@@ -125,10 +117,9 @@ class MiniMindVLMProcessor(ProcessorMixin):
             turns = [self._expand(messages, None) for messages in conversations]
             rows = [self.tokenizer.apply_chat_template(each, tokenize=False, **rendering) for each in turns]
             return rows if is_batched else rows[0]
-        rows = [
-            self._encode(self._expand(messages, len(pictures)), sanitize_control_tokens, **rendering)[0]
-            for messages, pictures in zip(conversations, images, strict=True)
-        ]
+        pairs = zip(conversations, images, strict=True)
+        turns = [self._expand(messages, len(pictures)) for messages, pictures in pairs]
+        rows = [self._encode(each, sanitize_control_tokens, **rendering)[0] for each in turns]
         if not return_dict and "return_tensors" not in options:
             return rows if is_batched else rows[0]
         batch = self.batch(rows, images, **options)
@@ -149,11 +140,11 @@ class MiniMindVLMProcessor(ProcessorMixin):
         texts = [text] if isinstance(text, str) else list(text)
         pictures = self._share_out(texts, images)
         begins = re.compile(rf"(?<={re.escape(self.tokenizer.bos_token)}assistant\n)")  # answers stand apart
-        rows, token = [], self.placeholder
+        rows = []
         for row, (prompt, row_pictures) in enumerate(zip(texts, pictures, strict=True)):
             if (found := prompt.count(IMAGE_MARKER)) != (given := len(row_pictures)):
                 raise ValueError(f"text {row}: {found} {IMAGE_MARKER} markers, but {given} images")
-            spans = begins.split(self._with_placeholders(prompt.split(IMAGE_MARKER), token))
+            spans = begins.split(self._with_placeholders(prompt.split(IMAGE_MARKER)))
             rows.append([i for span in spans for i in self.tokenizer.encode(span, add_special_tokens=False)])
         return self.batch(rows, pictures, **options)
 
@@ -162,14 +153,10 @@ class MiniMindVLMProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """Pads `rows` to the longest: input_ids, attention_mask (B, T) and, if there are any pictures,
         pixel_values (B, N, 3, H, W) with image_counts (B,); arrays with `return_tensors="np"`."""
-        length = max(len(row) for row in rows)
-        input_ids = torch.full((len(rows), length), self.tokenizer.pad_token_id)  # (B, T)
-        attention_mask = torch.zeros_like(input_ids)  # (B, T)
-        for i, row in enumerate(rows):
-            where = slice(length - len(row), length) if padding_side == "left" else slice(0, len(row))
-            input_ids[i, where] = torch.tensor(row)
-            attention_mask[i, where] = 1
-        data = {"input_ids": input_ids, "attention_mask": attention_mask}
+        pad = partial(pad_sequence, batch_first=True, padding_side=padding_side)
+        tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+        data = {"input_ids": pad(tensors, padding_value=self.tokenizer.pad_token_id)}  # (B, T)
+        data["attention_mask"] = pad([torch.ones_like(row) for row in tensors])  # (B, T)
         counts = torch.tensor([len(pictures) for pictures in images])
         if counts.sum():
             flat = self.pixel_values(_flat(images))  # (sum of counts, 3, H, W)
@@ -190,11 +177,9 @@ class MiniMindVLMProcessor(ProcessorMixin):
         pictured = num_images > 0 or inside > 0
         turns = [{"role": m["role"], "content": _as_text(m.get("content"))} for m in messages]
         for number, turn in enumerate(turns, start=1):
-            if turn["role"] not in ROLES:
-                raise ValueError(
-                    f"turn {number}: unknown role {turn['role']!r}, expected one of {', '.join(ROLES)}"
-                )
-            if turn["role"] == "assistant":
+            if (role := turn["role"]) not in ROLES:
+                raise ValueError(f"turn {number}: unknown role {role!r}, expected one of {', '.join(ROLES)}")
+            if role == "assistant":
                 # The generation prompt ends in a newline of its own, so an answer never starts with one.
                 turn["content"] = turn["content"].lstrip("\n")
         users = [turn for turn in turns if turn["role"] == "user"]
@@ -204,15 +189,13 @@ class MiniMindVLMProcessor(ProcessorMixin):
             found = num_images
         if found != num_images:
             raise ValueError(f"{found} {IMAGE_MARKER} markers in the user's turns, but {num_images} images")
-        for turn in [] if marked else turns:
-            expand = pictured and turn["role"] == "user"
-            turn["pieces"] = turn["content"].split(IMAGE_MARKER) if expand else [turn["content"]]
+        for turn in users if pictured and not marked else ():
+            turn["pieces"] = turn["content"].split(IMAGE_MARKER)
         return turns
 
-    def _with_placeholders(self, pieces: list[str], token: str) -> str:
-        """Joins what stands around images by P placeholders each, and keeps the text's own ones apart. The
-        placeholder `token` is given: to look it up takes long, and a row has many turns."""
-        run = token * self.tokens_per_image
+    def _with_placeholders(self, pieces: list[str]) -> str:
+        """Joins what stands around images by P placeholders each, and keeps the text's own ones apart."""
+        token, run = self.placeholder, self.placeholder * self.tokens_per_image
         if any(run in piece for piece in pieces):
             raise ValueError(f"the text has {self.tokens_per_image} {token!r} in a row: that means an image")
         result = pieces[0]
@@ -230,9 +213,10 @@ class MiniMindVLMProcessor(ProcessorMixin):
         free = (char for char in map(chr, range(0xE000, 0x110000)) if not any(char in text for text in texts))
         answer, literal = next(free), next(free)
         quoted = rf"{literal}\g<0>{literal}" if sanitize_control_tokens else r"\g<0>"
-        control, token, marked, learnt = control_tokens(tokenizer), self.placeholder, [], []
+        control, marked, learnt = control_tokens(tokenizer), [], []
         for turn in messages:
-            text = self._with_placeholders([control.sub(quoted, piece) for piece in turn["pieces"]], token)
+            pieces = turn.get("pieces", [turn["content"]])
+            text = self._with_placeholders([control.sub(quoted, piece) for piece in pieces])
             if turn["role"] == "assistant":
                 text = ""
                 for begin, part, goes_on in self._answer(turn["content"]):
