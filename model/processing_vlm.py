@@ -170,8 +170,8 @@ class MiniMindVLMProcessor(ProcessorMixin):
         return self.image_processor(images, return_tensors="pt")["pixel_values"]
 
     def _expand(self, messages: Sequence[dict], num_images: int | None) -> list[dict[str, str]]:
-        """Messages with plain string contents, `<image>` of user turns replaced by placeholders; it is text
-        where there are no images. `num_images` None: as many as image parts, and each `<image>` stays."""
+        """Messages with plain string contents; with images, user turns have `pieces`, what stands around each
+        `<image>`, which is text otherwise. `num_images` None: as many as image parts, and `<image>` stays."""
         inside, marked = len(_image_parts(messages)), num_images is None
         num_images = inside if marked else num_images
         pictured = num_images > 0 or inside > 0
