@@ -14,19 +14,13 @@ COMPILED_MULTIPLE = 32  # lengths are rounded up to it, so that few of them have
 
 
 def step_sampler(
-    samples: VLMDataset, flags: TrainingFlags, runtime: Runtime, training: bool = True
+    samples: VLMDataset, flags: TrainingFlags, run: Runtime, training: bool = True
 ) -> StepSampler:
     """This rank's rows; for evaluation, one micro-batch at a time in the same order always."""
-    return StepSampler(
-        samples.lengths(),
-        flags.batch_size,
-        flags.accumulation_steps if training else 1,
-        runtime.rank,
-        runtime.world_size,
-        flags.seed,
-        shuffle=training,
-        tokens_per_batch=flags.tokens_per_batch,
-    )
+    accumulation_steps = flags.accumulation_steps if training else 1
+    split = flags.batch_size, accumulation_steps, run.rank, run.world_size
+    settings = {"shuffle": training, "tokens_per_batch": flags.tokens_per_batch}
+    return StepSampler(samples.lengths(), *split, flags.seed, **settings)
 
 
 def planned_steps(sampler: StepSampler, flags: TrainingFlags) -> int:
@@ -39,20 +33,14 @@ def planned_steps(sampler: StepSampler, flags: TrainingFlags) -> int:
     return steps
 
 
-def step_loader(
-    samples: VLMDataset, sampler: StepSampler, flags: TrainingFlags, runtime: Runtime
-) -> Iterator:
+def step_loader(samples: VLMDataset, sampler: StepSampler, flags: TrainingFlags, run: Runtime) -> Iterator:
     """What is left of the sampler's epoch: each item is a step's micro-batches, or its DataError."""
     pad_token_id = samples.processor.tokenizer.pad_token_id
     layout = flags.max_seq_len if flags.pack else None, COMPILED_MULTIPLE if flags.compile else 1
-    loader = DataLoader(
-        StepDataset(samples, pad_token_id, *layout, skip_bad=flags.on_bad_sample == "skip"),
-        batch_size=None,
-        sampler=sampler,
-        num_workers=flags.num_workers,
-        worker_init_fn=ignore_signals,
-        pin_memory=runtime.device.type == "cuda",
-        generator=torch.Generator().manual_seed(flags.seed),  # so that a run's own generator is left alone
-    )
+    steps = StepDataset(samples, pad_token_id, *layout, skip_bad=flags.on_bad_sample == "skip")
+    pinned = run.device.type == "cuda"
+    workers = {"num_workers": flags.num_workers, "worker_init_fn": ignore_signals, "pin_memory": pinned}
+    own = torch.Generator().manual_seed(flags.seed)  # so that a run's own generator is left alone
+    loader = DataLoader(steps, batch_size=None, sampler=sampler, generator=own, **workers)
     with signals_held():
         return iter(loader)
