@@ -71,7 +71,7 @@ def train(
         checkpoints.wait()
         for micro_batches in step_loader(samples, sampler, flags, runtime):
             try:
-                failure = checkpoints.take_error() or metrics.take_error()
+                failure = checkpoints.failure or metrics.failure
                 totals = count(failure or micro_batches, runtime)
             except (DataError, UserError):
                 if progress.step:
@@ -87,24 +87,20 @@ def train(
             if done or progress.step % flags.log_interval == 0:
                 metrics.report(progress, rate, sums["grad_norm"])
             hopeless = progress.bad_in_a_row > flags.max_bad_steps
-            stop_code = totals["stop_code"]
             with metrics.paused():
                 try:
-                    stop_code = stop_code or (0 if hopeless else evaluate_if_due())
+                    stop_code = totals["stop_code"] or (0 if hopeless else evaluate_if_due())
                 except (DataError, ToldElsewhere):
                     save()
                     raise
                 due = totals["save"] or (progress.step % flags.save_interval == 0 and not done)
                 if stop_code or hopeless or due:
                     save()
-            if hopeless and not runtime.is_main:
-                raise ToldElsewhere
             if hopeless:
-                raise UserError(
-                    f"{progress.bad_in_a_row} steps in a row were bad, the last for its {sums['bad']}; "
-                    f"--max_bad_steps is {flags.max_bad_steps}. Their rows are in {metrics.bad_batches}, the "
-                    "weights from before them are saved"
-                )
+                found = f"{progress.bad_in_a_row} steps in a row were bad, the last for its {sums['bad']}"
+                left = f"Their rows are in {metrics.bad_batches}, the weights from before them are saved"
+                message = f"{found}; --max_bad_steps is {flags.max_bad_steps}. {left}"
+                raise UserError(message) if runtime.is_main else ToldElsewhere
             if stop_code:
                 return stop_code
             if done:

@@ -61,28 +61,21 @@ class Metrics:
         self.totals = dict.fromkeys(SUMMED, 0.0)  # of the whole run and all ranks, up to the last line
         self.last: dict[str, Any] = {}
         self.paused_at: float | None = None
-        self.failure: UserError | None = None
+        self.failure: UserError | None = None  # to write, kept until all ranks can act on it together
         self.listed = set(self.skipped())
 
     def state(self) -> dict[str, Any]:
         """What `restore` needs to go on with the next line; every rank must call it."""
         now = self.paused_at or time.perf_counter()
-        sums = torch.tensor([float(self.sums[name]) for name in SUMMED], dtype=torch.float64)
-        return {
-            "sums": self.runtime.gather(sums),  # (R, numbers)
-            "totals": self.totals,
-            "last": dict(self.last),
-            "seconds": now - self.start,
-            "interval_seconds": now - self.interval_start,
-        }
+        times = {"seconds": now - self.start, "interval_seconds": now - self.interval_start}
+        own = torch.tensor([*map(float, self.sums.values())], dtype=torch.float64)
+        sums = self.runtime.gather(own)  # (R, numbers)
+        return {"sums": sums, "totals": self.totals, "last": dict(self.last)} | times
 
     def restore(self, state: dict[str, Any]) -> None:
-        sums = state["sums"]
-        rank, ranks = self.runtime.rank, self.runtime.world_size
-        if len(sums) == ranks:
-            self.sums = dict(zip(SUMMED, sums[rank].tolist(), strict=True))
-        elif self.runtime.is_main:
-            self.sums = dict(zip(SUMMED, sums.sum(0).tolist(), strict=True))
+        sums, run = state["sums"], self.runtime
+        own = sums[run.rank] if len(sums) == run.world_size else sums.sum(0) * run.is_main
+        self.sums = dict(zip(SUMMED, own.tolist(), strict=True))
         self.totals, self.last = state["totals"], state["last"]
         now = time.perf_counter()
         self.start, self.interval_start = now - state["seconds"], now - state["interval_seconds"]
@@ -126,9 +119,8 @@ class Metrics:
         }
         self.totals = {name: self.totals[name] + sums[name] for name in SUMMED}
         self.write(record)
-        self.bar.set_postfix_str(
-            f"loss {record['loss']:.3f}, lr {learning_rate:.2e}, {record['samples_per_second']:.1f} samples/s"
-        )
+        loss, speed = record["loss"], record["samples_per_second"]
+        self.bar.set_postfix_str(f"loss {loss:.3f}, lr {learning_rate:.2e}, {speed:.1f} samples/s")
         self.interval_start = now
         self.sums = dict.fromkeys(SUMMED, 0.0)
 
@@ -153,7 +145,7 @@ class Metrics:
         try:
             with user_errors(f"cannot write {path}"), path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        except UserError as error:  # kept until all ranks can act on it together
+        except UserError as error:
             self.failure = error
 
     def skipped(self) -> list[str]:
@@ -169,11 +161,6 @@ class Metrics:
             return ToldElsewhere()
         reasons = self.skipped() or ["there is no supervised token"]
         return DataError(f"no row is usable, the first because {reasons[0]}; all are in {self.bad_samples}")
-
-    def take_error(self) -> UserError | None:
-        """Once, what could not be written."""
-        failure, self.failure = self.failure, None
-        return failure
 
     def summary(self) -> dict[str, Any]:
         """The run in a few numbers: the last value of each figure, and totals."""

@@ -9,39 +9,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor, nn
 
+from common import weights
 from common.cli import UsageError, UserError, user_errors
 from common.distributed import Runtime, explained, runtime
 from common.setup import ENCODERS, TOKENIZERS, build_lm, build_vlm, load_base, settings_of_base
 from common.tokenizer import load_tokenizer
-from common.weights import (
-    describe,
-    half_state,
-    published_weights,
-    release_of,
-    save_weights,
-    weight_name,
-    write_json,
-)
 from dataset.feature_cache import FeatureCache, encode_missing
 from dataset.files import sha256_of
 from dataset.vlm_dataset import VLMDataset
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.processing_vlm import MiniMindVLMProcessor
+from trainer import state
 from trainer.arguments import SIZE_FLAGS, TrainingFlags, VLMTrainingFlags
 from trainer.batches import planned_steps, step_sampler
 from trainer.loop import train
 from trainer.metrics import Metrics
-from trainer.state import (
-    Checkpoint,
-    Checkpoints,
-    check_settings,
-    find_checkpoint,
-    named_checkpoint,
-    run_lock,
-    settings_of,
-)
 from trainer.trackers import open_tracker
 
 log = logging.getLogger(__name__)
@@ -56,72 +40,68 @@ def run_stage(flags: TrainingFlags, stage: str, bases: tuple[str, ...]) -> int:
     """
     out_dir = Path(flags.out_dir)
     tokenizer_asked = flags.tokenizer_path is not None
-    named = named_checkpoint(flags.resume)
+    named = state.named_checkpoint(flags.resume)
     base = None if named else find_base(flags, bases)
     flags, config = follow(flags, named, base)
-    path = out_dir / weight_name(stage, flags.hidden_size, flags.use_moe)
+    path = out_dir / weights.weight_name(stage, flags.hidden_size, flags.use_moe)
     run_dir = out_dir / "runs" / path.stem
     saves = run_dir / "checkpoints"
-    with runtime(flags.device, flags.seed) as run, run_lock(run_dir, run):
+    with runtime(flags.device, flags.seed) as run, state.run_lock(run_dir, run):
         if not run.is_main:
             logging.disable(logging.WARNING)
-        checkpoint = find_checkpoint(flags.resume, saves, run)
+        checkpoint = state.find_checkpoint(flags.resume, saves, run)
+        new = {"step": 0, "run_id": secrets.token_hex(4), "sha256": None}
+        before = checkpoint.about if checkpoint else new
         base_digest = sha256_of(base) if base and base.is_file() else None
-        started_from = [path.name, base_digest, checkpoint.about["sha256"] if checkpoint else None]
-        run.agree("checkpoint and weights to start from", str(started_from))
+        run.agree("checkpoint and weights to start from", str([path.name, base_digest, before["sha256"]]))
         if checkpoint:
             base, config = None, checkpoint.about.get("config", config)
         elif base and not base.is_file():
             raise UserError(f"{base}: no such weights")
         elif bases and not base and flags.from_weight != "none":
-            raise UserError(
-                f"no {weight_name(bases[0], flags.hidden_size, flags.use_moe)} in {out_dir}: run the stage "
-                "before, or give --from_weight PATH, or --from_weight none"
-            )
+            missing = weights.weight_name(bases[0], flags.hidden_size, flags.use_moe)
+            ways = "run the stage before, or give --from_weight PATH, or --from_weight none"
+            raise UserError(f"no {missing} in {out_dir}: {ways}")
         model, processor = build_model(flags, config, base, tokenizer_asked)
         model.to(run.device)
-        samples = open_samples(flags.data_path, model, processor, flags, run)
-        settings = settings_of(flags, samples, run.world_size, base_digest)
+        context = model, processor, flags, run
+        samples = open_samples(flags.data_path, *context)
+        settings = state.settings_of(flags, samples, run.world_size, base_digest)
         run.agree("rows", settings["data_path (rows)"])
         total_steps = planned_steps(step_sampler(samples, flags, run), flags)
         arguments = dataclasses.asdict(flags)
 
-        def write_weights(state_dict: dict[str, torch.Tensor], step: int) -> None:
-            tokenizer = processor.tokenizer
-            save_weights(path, half_state(state_dict), describe(model, tokenizer, stage, step, arguments))
+        def write_weights(state_dict: dict[str, Tensor], step: int) -> None:
+            sidecar = weights.describe(model, processor.tokenizer, stage, step, arguments)
+            weights.save_weights(path, weights.half_state(state_dict), sidecar)
 
         if checkpoint:
-            check_settings(checkpoint, settings, flags.resume_override)
+            state.check_settings(checkpoint, settings, flags.resume_override)
             if checkpoint.about["finished"] and checkpoint.about["step"] >= total_steps:
                 if run.is_main and not path.is_file():
                     write_weights(checkpoint.load()["model"], total_steps)
                 log.info("%s: done before, after %d steps; --resume never starts over", path, total_steps)
                 return 0
-        eval_samples = None
-        if flags.eval_data_path:
-            eval_samples = open_samples(flags.eval_data_path, model, processor, flags, run)
+        eval_samples = open_samples(flags.eval_data_path, *context) if flags.eval_data_path else None
         learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
         what = f"{len(samples):,} rows, {learning / 1e6:.2f}M weights learn"
         start = checkpoint.folder if checkpoint else base or "scratch"
         log.info("%s: %s, from %s, on %s x %d", stage, what, start, run.device, run.world_size)
         run.catch_signals()
         run.limit_waiting(flags.timeout_seconds)
-        about = {"settings": settings, "arguments": arguments, "config": config}
-        about["run_id"] = checkpoint.about["run_id"] if checkpoint else secrets.token_hex(4)
-        resumed_step = checkpoint.about["step"] if checkpoint else 0
-        tracker = open_tracker(flags, run_dir, about["run_id"], resumed_step, run)
-        checkpoints = Checkpoints(saves, flags.keep_checkpoints, run.is_main, about, write_weights)
+        tracker = open_tracker(flags, run_dir, before["run_id"], before["step"], run)
+        about = {"settings": settings, "arguments": arguments, "config": config, "run_id": before["run_id"]}
+        checkpoints = state.Checkpoints(saves, flags.keep_checkpoints, run.is_main, about, write_weights)
         if flags.resume == "never" and checkpoint is None:
             with run.together(), user_errors("--resume never"):
                 checkpoints.clear()
-        metrics = Metrics(run_dir, total_steps, run, stage, tracker, resumed_step)
+        metrics = Metrics(run_dir, total_steps, run, stage, tracker, before["step"])
         parts = model, samples, eval_samples, flags, run, metrics, checkpoints, total_steps
 
         def training() -> int:  # loads the state itself, so that nothing else keeps it in memory
             return train(*parts, checkpoint.load() if checkpoint else None)
 
-        summary = {"stage": stage, "arguments": arguments}
-        code = written_up(training, summary, metrics, checkpoints, run)
+        code = written_up(training, {"stage": stage, "arguments": arguments}, metrics, checkpoints)
         if skipped := metrics.skipped():
             log.warning("warning: skipped rows: %d, see %s", len(skipped), metrics.bad_samples)
         log.info("%s: weights are in %s", "stopped by a signal" if code else "done", path)
@@ -129,21 +109,17 @@ def run_stage(flags: TrainingFlags, stage: str, bases: tuple[str, ...]) -> int:
 
 
 def written_up(
-    training: Callable[[], int],
-    about: dict[str, Any],
-    metrics: Metrics,
-    checkpoints: Checkpoints,
-    run: Runtime,
+    training: Callable[[], int], about: dict[str, Any], metrics: Metrics, checkpoints: state.Checkpoints
 ) -> int:
     """The exit code that `training` returns, once its last checkpoint is on the disk. However it ends, the
     run's summary.json says so, beside `about`."""
-    code = 1
+    code, run = 1, metrics.runtime
     try:
         stopped = training()
         with run.together():
             checkpoints.close()
-            if failure := metrics.take_error():
-                raise failure
+            if metrics.failure:
+                raise metrics.failure
         code = stopped
     except RuntimeError as error:
         if told := explained(error):
@@ -154,7 +130,7 @@ def written_up(
         if run.is_main:
             summary = metrics.summary() | about | {"exit_code": code}
             with contextlib.suppress(UserError):  # a full disk is told by what matters more
-                write_json(metrics.run_dir / "summary.json", summary)
+                weights.write_json(metrics.run_dir / "summary.json", summary)
         checkpoints.close()
     return code
 
@@ -166,7 +142,7 @@ def find_base(flags: TrainingFlags, stages: tuple[str, ...]) -> Path | None:
     UserError where there are several sizes of them.
     """
     if flags.from_weight is not None:
-        return None if flags.from_weight == "none" else published_weights(Path(flags.from_weight))
+        return None if flags.from_weight == "none" else weights.published_weights(Path(flags.from_weight))
     found: dict[tuple[int, bool], Path] = {}
     for stage in stages:
         for path in sorted(Path(flags.out_dir).glob(f"{stage}_*.pth")):
@@ -175,16 +151,14 @@ def find_base(flags: TrainingFlags, stages: tuple[str, ...]) -> Path | None:
                 if flags.hidden_size in (None, size[0]) and flags.use_moe in (None, size[1]):
                     found.setdefault(size, path)
     if len(found) > 1:
-        raise UserError(
-            f"{flags.out_dir} has weights of several sizes to start from: "
-            f"{', '.join(path.name for path in found.values())}; name one with --from_weight, or by "
-            "--hidden_size and --use_moe or --no_use_moe"
-        )
+        names = ", ".join(path.name for path in found.values())
+        ways = "name one with --from_weight, or by --hidden_size and --use_moe or --no_use_moe"
+        raise UserError(f"{flags.out_dir} has weights of several sizes to start from: {names}; {ways}")
     return next(iter(found.values()), None)
 
 
 def follow(
-    flags: TrainingFlags, checkpoint: Checkpoint | None, base: Path | None
+    flags: TrainingFlags, checkpoint: state.Checkpoint | None, base: Path | None
 ) -> tuple[TrainingFlags, dict[str, Any]]:
     """The flags, and for what they leave open the sizes, tokenizer and encoder of `checkpoint`, else those of
     `base`, else the defaults of the release; with it the model's config. UserError where a size contradicts
@@ -196,7 +170,7 @@ def follow(
     elif base and base.is_file():
         config, found = settings_of_base(base, flags.model_config())
         found |= {name: config.get(name) for name in SIZE_FLAGS}
-    release = release_of(config)
+    release = weights.release_of(config)
     defaults = {name: getattr(MiniMindConfig(), name) for name in SIZE_FLAGS}
     defaults |= {"tokenizer_path": TOKENIZERS[release], "vision_model_path": ENCODERS[release]}
     defaults = {name: found.get(name) or value for name, value in defaults.items()}
@@ -216,15 +190,13 @@ def build_model(
 ) -> tuple[MiniMindForCausalLM, MiniMindVLMProcessor]:
     """The model of `config`, with the weights of `base` if there is one, and the right ones learning."""
     tokenizer = load_tokenizer(flags.tokenizer_path)
-    visual = isinstance(flags, VLMTrainingFlags)
-    if visual:
+    if isinstance(flags, VLMTrainingFlags):
         model, processor = build_vlm(config, flags.vision_model_path, tokenizer)
+        set_trainable(model, flags.trainable)
     else:
         model, processor = build_lm(config, tokenizer)
     if base is not None:
         load_base(model, base, tokenizer, tokenizer_asked)
-    if visual:
-        set_trainable(model, flags.trainable)
     if flags.activation_checkpointing:
         model.activation_checkpointing_enable()
         model.disable_input_require_grads()  # only re-entrant checkpoints need them; frozen layers do not
@@ -232,11 +204,7 @@ def build_model(
 
 
 def open_samples(
-    paths: list[str],
-    model: torch.nn.Module,
-    processor: MiniMindVLMProcessor,
-    flags: TrainingFlags,
-    run: Runtime,
+    paths: list[str], model: nn.Module, processor: MiniMindVLMProcessor, flags: TrainingFlags, run: Runtime
 ) -> VLMDataset:
     """The rows of `paths`; with --cache_features, their pictures are encoded first, each rank its share."""
     files = [Path(path) for path in paths]
@@ -245,10 +213,8 @@ def open_samples(
     with run.main_first():
         samples = VLMDataset(files, processor, flags.max_seq_len, images)
         if flags.tokens_per_batch and (longest := samples.lengths().max()) > flags.tokens_per_batch:
-            raise UserError(
-                f"--tokens_per_batch {flags.tokens_per_batch}: a row of {paths[0]} has {longest} tokens; "
-                f"give at least that, or a smaller --max_seq_len"
-            )
+            found = f"--tokens_per_batch {flags.tokens_per_batch}: a row of {paths[0]} has {longest} tokens"
+            raise UserError(f"{found}; give at least that, or a smaller --max_seq_len")
     if visual and flags.cache_features:
         with run.together(), user_errors("--cache_features"):
             folder, pictures = Path(flags.cache_features), samples.image_paths()
@@ -259,7 +225,7 @@ def open_samples(
     return samples
 
 
-def set_trainable(model: torch.nn.Module, trainable: str) -> None:
+def set_trainable(model: nn.Module, trainable: str) -> None:
     """Marks which weights learn; the encoder never does.
 
     `proj`: the projection; `proj_last`: and the last layer; `proj_first_last`: and the first and last layers;

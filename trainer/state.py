@@ -15,7 +15,7 @@ import os
 import shutil
 import socket
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent import futures
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -55,10 +55,9 @@ class Checkpoint:
     about: dict[str, Any]
 
     def intact(self) -> bool:
-        try:
+        with contextlib.suppress(OSError):
             return sha256_of(self.folder / "state.pt") == self.about["sha256"]
-        except OSError:
-            return False
+        return False
 
     def load(self) -> dict[str, Any]:
         return torch.load(self.folder / "state.pt", map_location="cpu", weights_only=True)
@@ -78,88 +77,73 @@ class Checkpoints:
         about: dict[str, Any] | None = None,
         write_weights: Callable[[dict[str, torch.Tensor], int], None] | None = None,
     ):
-        self.folder, self.keep = folder, keep
+        self.folder, self.keep, self.is_main = folder, keep, is_main
         self.about, self.write_weights = about, write_weights
-        self.thread = ThreadPoolExecutor(1) if is_main else None
-        self.pending: Future | None = None
-        self.failure: Exception | None = None
+        self.thread = futures.ThreadPoolExecutor(1)
+        self.saves: list[futures.Future] = []
         for unfinished in folder.glob(".step-*") if is_main else ():  # of a process that was killed
             shutil.rmtree(unfinished, ignore_errors=True)
 
     def clear(self) -> None:
         """Removes the checkpoints of a run that is started over, the newest last, should it be killed."""
-        if self.thread is not None:
+        if self.is_main:
             for old in reversed(newest_first(self.folder)):
                 remove(old.folder)
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def save(self, state: dict[str, Any], finished: bool) -> None:
         """Starts to write a state, whose tensors must not change any more, after the one before."""
-        if self.thread is not None:
-            self.wait()
-            self.pending = self.thread.submit(self._write, state, finished)
+        if self.is_main:
+            failed = [save for save in self.saves if save.exception()]  # it waits for the one before
+            self.saves = [*failed, self.thread.submit(self._write, state, finished)]
 
     def wait(self) -> None:
         """Returns when nothing is being written."""
-        if self.pending is not None:
-            self.failure = self.pending.exception() or self.failure
-            self.pending = None
+        futures.wait(self.saves)
 
-    def take_error(self) -> Exception | None:
-        """Once, what went wrong with a save that has ended."""
-        if self.pending is not None and self.pending.done():
-            self.wait()
-        failure, self.failure = self.failure, None
-        return failure
+    @property
+    def failure(self) -> BaseException | None:
+        """What went wrong with a save that has ended."""
+        failures = (save.exception() for save in self.saves if save.done())
+        return next(filter(None, failures), None)
 
     def close(self) -> None:
         """Ends the thread after what it has begun. UserError if something could not be written."""
-        self.wait()
-        if self.thread is not None:
-            self.thread.shutdown()
-        if failure := self.take_error():
-            raise failure
+        self.thread.shutdown()
+        if self.failure:
+            raise self.failure
 
     def _write(self, state: dict[str, Any], finished: bool) -> None:
         step = state["progress"]["step"]
         about = {**self.about, "step": step, "finished": finished}
         # In this order: a checkpoint says that the run is finished.
-        for write in (
-            lambda: self.write_weights(state["model"], step),
-            lambda: self._write_state(state, about),
-        ):
+        for write, *what in ((self.write_weights, state["model"], step), (self._write_state, state, about)):
             try:
-                write()
+                write(*what)
             except UserError as error:
                 old = newest_first(self.folder)[1:]  # the only one stays
                 if not (is_full(error) and old):
                     raise
                 log.warning("warning: the disk is full; removing the oldest checkpoint, %s", old[-1].folder)
                 remove(old[-1].folder)
-                write()
+                write(*what)
         for old in newest_first(self.folder)[self.keep :]:
             remove(old.folder)
 
     def _write_state(self, state: dict[str, Any], about: dict[str, Any]) -> None:
-        name = f"step-{about['step']}"
-        temporary = self.folder / f".{name}"
-        try:
-            shutil.rmtree(temporary, ignore_errors=True)
+        target = self.folder / f"step-{about['step']}"
+        temporary = target.with_name(f".{target.name}")
+        with contextlib.ExitStack() as cleaning, user_errors(f"cannot write {target}"):
+            cleaning.callback(shutil.rmtree, temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             write_file(temporary / "state.pt", lambda file: torch.save(state, file))
-            newest = newest_first(self.folder)[:1]
-            number = newest[0].about["number"] + 1 if newest else 1  # clocks may be set back
-            about = {**about, "sha256": sha256_of(temporary / "state.pt"), "number": number}
-            write_json(temporary / "state.json", about)
-            if (self.folder / name).exists():  # of a run that went on from an earlier step
-                remove(self.folder / name)
-            temporary.rename(self.folder / name)
+            numbers = [old.about["number"] for old in newest_first(self.folder)]  # clocks may be set back
+            own = {"sha256": sha256_of(temporary / "state.pt"), "number": max(numbers, default=0) + 1}
+            write_json(temporary / "state.json", about | own)
+            if target.exists():  # of a run that went on from an earlier step
+                remove(target)
+            temporary.rename(target)
             flush_folder(self.folder)
-        except BaseException as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            if isinstance(error, OSError):
-                raise UserError(f"cannot write {self.folder / name}: {error}") from error
-            raise
 
 
 @contextlib.contextmanager
@@ -238,9 +222,8 @@ def find_checkpoint(resume: str, folder: Path, run: Runtime) -> Checkpoint | Non
             if resume in ("auto", "never") or (restarts and newest_first(folder)):
                 checkpoint = newest_intact(folder)
             elif not ((checkpoint := read_checkpoint(Path(resume))) and checkpoint.intact()):
-                raise UserError(
-                    f"--resume {resume}: not the folder of an intact checkpoint, such as {folder}/step-1000"
-                )
+                wanted = f"the folder of an intact checkpoint, such as {folder}/step-1000"
+                raise UserError(f"--resume {resume}: not {wanted}")
     chosen = (1, checkpoint.about["step"], checkpoint.folder == Path(resume)) if checkpoint else (0, 0, 0)
     found, step, named = run.sum(*chosen)
     return read_checkpoint(Path(resume) if named else folder / f"step-{step:.0f}") if found else None
@@ -248,12 +231,11 @@ def find_checkpoint(resume: str, folder: Path, run: Runtime) -> Checkpoint | Non
 
 def read_checkpoint(folder: Path) -> Checkpoint | None:
     """None where there is no `state.json` with the fields that resuming needs."""
-    try:
+    with contextlib.suppress(OSError, ValueError, AttributeError):
         about = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        complete = {"step", "finished", "settings", "run_id", "sha256", "number"} <= about.keys()
-    except (OSError, ValueError, AttributeError):
-        return None
-    return Checkpoint(folder, about) if complete else None
+        if {"step", "finished", "settings", "run_id", "sha256", "number"} <= about.keys():
+            return Checkpoint(folder, about)
+    return None
 
 
 def remove(folder: Path) -> None:
@@ -296,13 +278,10 @@ def settings_of(
 def check_settings(checkpoint: Checkpoint, settings: dict[str, Any], override: bool) -> None:
     """UserError that names what has changed; with `override`, a warning."""
     before = checkpoint.about["settings"]
-    changed = [
-        f"--{name} {before[name]!r} (now {settings[name]!r})"
-        for name in sorted(before.keys() & settings.keys())
-        if before[name] != settings[name]
-    ]
-    if not changed:
+    names = sorted(name for name in before.keys() & settings if before[name] != settings[name])
+    if not names:
         return
+    changed = [f"--{name} {before[name]!r} (now {settings[name]!r})" for name in names]
     what = f"{checkpoint.folder} was made with other flags: {', '.join(changed)}"
     if not override:
         raise UserError(f"{what}; --resume never starts over, --resume_override goes on with the new ones")

@@ -251,9 +251,9 @@ class Bench:
 
         def nothing(*_: Any) -> None: ...
 
-        checkpoints = SimpleNamespace(take_error=nothing, save=nothing, wait=nothing)
+        checkpoints = SimpleNamespace(failure=None, save=nothing, wait=nothing)
         metrics = SimpleNamespace(step=lambda _, **sums: steps.append(sums), report=nothing)
-        vars(metrics).update(take_error=nothing, state=dict, paused=nullcontext)
+        vars(metrics).update(failure=None, state=dict, paused=nullcontext)
         total_steps = planned_steps(step_sampler(samples, self.flags, self.run), self.flags)
         train(self.model, samples, None, self.flags, self.run, metrics, checkpoints, total_steps)
         return steps

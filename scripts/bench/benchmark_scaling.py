@@ -108,7 +108,7 @@ def saving_cost(folder: str, hidden_size: int, layers: int) -> dict:
         checkpoints.save(learner.state(progress), False)
         stalls.append(time.perf_counter() - start)
         steps = [step()]
-        while not checkpoints.pending.done():
+        while not checkpoints.saves[-1].done():
             steps.append(step())
         extras.append(stalls[-1] + sum(steps) - len(steps) * plain)
     checkpoints.close()
