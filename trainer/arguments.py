@@ -62,41 +62,28 @@ class TrainingFlags(DeviceFlags):
     use_moe: bool | None = optional_flag("mixture-of-experts layers" + FOLLOWS.format(False))
     tokenizer_path: str | None = optional_flag("folder of the tokenizer" + FOLLOWS.format(TOKENIZERS[2]))
     compile: bool = resumable(False, "compile the model with torch.compile")
-    activation_checkpointing: bool = resumable(
-        False, "recompute activations in the backward pass: less memory, a third slower"
-    )
-    num_workers: int = resumable(
-        min(8, os.cpu_count() or 1), "processes that prepare batches; 0: none besides this"
-    )
+    activation_checkpointing: bool = resumable(False, "recompute activations: less memory, a third slower")
+    num_workers: int = resumable(min(8, os.cpu_count() or 1), "processes that prepare batches; 0: this one")
     seed: int = flag(1337, "seed of initial weights, order and dropout")
     log_interval: int = resumable(100, "optimizer steps between two lines of metrics.jsonl")
     save_interval: int = resumable(1000, "optimizer steps between two saves of weights and state")
     keep_checkpoints: int = resumable(2, "how many of the newest training states stay on the disk")
-    resume: str = resumable(
-        "auto", "auto: continue an unfinished run; never: start over; or a checkpoint folder"
-    )
-    resume_override: bool = resumable(
-        False, "go on even though flags that decide what is learnt have changed"
-    )
+    resume: str = resumable("auto", "auto: continue a stopped run; never: start over; or a checkpoint folder")
+    resume_override: bool = resumable(False, "go on though flags that decide what is learnt have changed")
     eval_data_path: list[str] = resumable([], "rows to measure the loss on while training")
     eval_interval: int = resumable(1000, "optimizer steps between two such measurements")
-    on_bad_sample: str = resumable(
-        "skip", "rows that are not usable: skip and list them, or end the run", ("skip", "error")
-    )
+    on_bad_sample: str = resumable("skip", "unusable rows: skip and list, or end the run", ("skip", "error"))
     max_bad_steps: int = resumable(10, "steps in a row that may be skipped as not finite")
     loss_spike: float | None = optional_flag("skip steps whose loss is above so many times its mean", True)
     timeout_seconds: float = resumable(1800.0, "how long a rank waits for the others")
-    tracker: str | None = resumable(
-        None, "where to send the metrics as well, by the package of that name", TRACKERS
-    )
+    tracker: str | None = resumable(None, "send the metrics to the package of that name as well", TRACKERS)
     use_wandb: bool = resumable(False, "old name of --tracker wandb")
     wandb_project: str = resumable("MiniMind-V", "project name for the tracker, whichever it is")
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                continue
-            if not 0 <= value < math.inf or (value == 0 and name not in MAY_BE_ZERO):
+            is_number = type(value) in (int, float)  # which a bool is not
+            if is_number and (not 0 <= value < math.inf or (value == 0 and name not in MAY_BE_ZERO)):
                 bound = "not be negative" if name in MAY_BE_ZERO else "be above 0"
                 raise ValueError(f"--{name} must {bound}, found {value}")
         check_seed(self.seed)
@@ -125,9 +112,7 @@ class VLMTrainingFlags(TrainingFlags):
 
     images_path: str = resumable("", "folder that the rows' relative image paths start from")
     trainable: str = flag("proj_llm", "which weights learn", TRAINABLE)
-    vision_model_path: str | None = optional_flag(
-        "folder of the frozen image encoder" + FOLLOWS.format(ENCODERS[2])
-    )
+    vision_model_path: str | None = optional_flag("folder of the image encoder" + FOLLOWS.format(ENCODERS[2]))
     cache_features: str | None = optional_flag("folder for encoder outputs: encode each image once", True)
     cache_dtype: str = flag(
         "float16", "precision in --cache_features; int8, scaled for each token, halves the disk", CACHE_DTYPES
