@@ -53,24 +53,21 @@ def open_tracker(
     A run that goes on from `resumed_step` (0: a new one) with its old `run_id` continues its old curve.
     UserError if the package is missing or, for a new run, if the tracker does not start.
     """
-    if flags.tracker == "none":
-        return None
+    name = flags.tracker
     with runtime.together():
-        if not runtime.is_main:
+        if name == "none" or not runtime.is_main:
             return None
         try:
-            opener = open_tensorboard if flags.tracker == "tensorboard" else open_online
-            log_figures, finish = opener(flags, run_dir.resolve(), run_id, resumed_step)
+            opener = open_tensorboard if name == "tensorboard" else open_online
+            return Tracker(name, *opener(flags, run_dir.resolve(), run_id, resumed_step))
         except Exception as error:
-            if isinstance(error, ModuleNotFoundError) and error.name == flags.tracker:
-                message = f"--tracker {flags.tracker} needs the package {flags.tracker}"
-                raise UserError(f"{message}: pip install {flags.tracker}") from None
-            message = failure(flags.tracker, "cannot start", error)
+            if isinstance(error, ModuleNotFoundError) and error.name == name:
+                raise UserError(f"--tracker {name} needs the package {name}: pip install {name}") from None
+            message = failure(name, "cannot start", error)
             if not resumed_step:
                 raise UserError(message) from error
             log.warning("warning: %s, the run goes on without it", message)
             return None
-        return Tracker(flags.tracker, log_figures, finish)
 
 
 def failure(name: str, what: str, error: Exception) -> str:
