@@ -165,8 +165,7 @@ def follow(
     `base`."""
     config, found = {}, {}
     if checkpoint:
-        found = checkpoint.about["settings"]
-        config = checkpoint.about.get("config", {})
+        config, found = checkpoint.about.get("config", {}), checkpoint.about["settings"]
     elif base and base.is_file():
         config, found = settings_of_base(base, flags.model_config())
         found |= {name: config.get(name) for name in SIZE_FLAGS}
@@ -207,11 +206,10 @@ def open_samples(
     paths: list[str], model: nn.Module, processor: MiniMindVLMProcessor, flags: TrainingFlags, run: Runtime
 ) -> VLMDataset:
     """The rows of `paths`; with --cache_features, their pictures are encoded first, each rank its share."""
-    files = [Path(path) for path in paths]
     visual = isinstance(flags, VLMTrainingFlags)
     images = Path(flags.images_path) if visual and flags.images_path else None
     with run.main_first():
-        samples = VLMDataset(files, processor, flags.max_seq_len, images)
+        samples = VLMDataset([Path(path) for path in paths], processor, flags.max_seq_len, images)
         if flags.tokens_per_batch and (longest := samples.lengths().max()) > flags.tokens_per_batch:
             found = f"--tokens_per_batch {flags.tokens_per_batch}: a row of {paths[0]} has {longest} tokens"
             raise UserError(f"{found}; give at least that, or a smaller --max_seq_len")
