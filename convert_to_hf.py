@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from common.cli import UserError, optional_flag, parse_flags, run_main, user_errors
+from common.cli import UserError, flag, parse_flags, run_main, user_errors
 from common.weights import Sidecar, describe, half_state, save_weights
 from inference.trained import WeightFlags, find_weight, load_export, load_pth
 from model.model_vlm import MiniMindVLM, VLMConfig
@@ -44,8 +44,8 @@ AUTO_MAP = {
 @dataclass
 class ConvertFlags(WeightFlags):
     out: str = field(kw_only=True, metadata={"help": "folder to write; with --to_torch the .pth to write"})
-    weight: str | None = optional_flag("the .pth to convert, or the name of one in out/")
-    to_torch: str | None = optional_flag("the folder to turn back into a .pth and its .json")
+    weight: str | None = flag(None, "the .pth to convert, or the name of one in out/")
+    to_torch: str | None = flag(None, "the folder to turn back into a .pth and its .json")
 
     def __post_init__(self):
         if (self.weight is None) == (self.to_torch is None):

@@ -23,7 +23,7 @@ from PIL import Image
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
-from common.cli import flag, optional_flag, parse_flags, run_main, user_errors
+from common.cli import flag, parse_flags, run_main, user_errors
 from common.distributed import resolve_dtype, runtime
 from inference.pictures import SHIPPED_PICTURES
 from inference.trained import ModelFlags, default_weight, find_weight
@@ -40,9 +40,10 @@ MAX_PIXELS = 32_000_000  # Pillow refuses pictures of twice as many
 class DemoFlags(ModelFlags):
     """ValueError names a flag whose value makes no sense."""
 
-    weight: str | None = optional_flag(
+    weight: str | None = flag(
+        None,
         "the model to begin with: a .pth, the name of one in out/, or an exported folder; if not given: what "
-        "eval_vlm.py takes"
+        "eval_vlm.py takes",
     )
     host: str = flag("127.0.0.1", "address to listen on; 0.0.0.0 lets other machines in")
     port: int = flag(7860, "port to listen on")

@@ -53,7 +53,7 @@ def flag(
     default: Any, help_text: str, choices: tuple[str, ...] | None = None, resumable: bool = False, **settings
 ) -> Any:
     """A field that is a flag; a `resumable` one may change on resume. `settings` are argparse's own, but for
-    `by_release`: what it becomes where it is not given."""
+    `by_release`: what it becomes where it is not given (None)."""
     settings |= {"choices": choices} if choices else {}
     metadata = {"help": help_text, "resumable": resumable, **settings}
     if isinstance(default, list):
@@ -61,16 +61,11 @@ def flag(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def optional_flag(help_text: str, resumable: bool = False) -> Any:
-    """A flag that is None where it is not given."""
-    return flag(None, help_text, resumable=resumable)
-
-
 @dataclasses.dataclass
 class DeviceFlags:
     """Flags of everything that runs a model."""
 
-    device: str | None = optional_flag("cuda, cuda:1, mps or cpu; if not given: the best there is", True)
+    device: str | None = flag(None, "cuda, cuda:1, mps or cpu; if not given: the best", resumable=True)
     dtype: str = flag("auto", "precision of the forward pass; auto: bfloat16 where hardware has it", DTYPES)
 
 

@@ -91,11 +91,7 @@ def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 
 
 def describe(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    stage: str,
-    step: int,
-    arguments: dict[str, Any],
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stage: str, step: int, arguments: dict
 ) -> Sidecar:
     """The sidecar of a model's weights."""
     config = model.config.to_diff_dict()

@@ -7,7 +7,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoImageProcessor
 
-from common.cli import DeviceFlags, UserError, optional_flag, user_errors
+from common.cli import DeviceFlags, UserError, flag, user_errors
 from common.setup import ENCODERS, TOKENIZERS, build_vlm
 from common.tokenizer import check_tokenizer, load_tokenizer
 from common.weights import Sidecar, check_sizes, load_weights_file, published_weights, release_of
@@ -25,12 +25,12 @@ DEFAULT_WEIGHT = (
 class WeightFlags:
     """Flags of everything that reads the `.pth` of a trained model."""
 
-    vision_model_path: str | None = optional_flag(
-        "folder of the image encoder of a .pth; if not given: what it was trained with"
+    vision_model_path: str | None = flag(
+        None, "folder of the image encoder of a .pth; if not given: what it was trained with"
     )
-    tokenizer_path: str | None = optional_flag("folder of its tokenizer; if not given: likewise")
-    num_attention_heads: int | None = optional_flag("query heads of a .pth that does not tell")
-    num_key_value_heads: int | None = optional_flag("key and value heads of a .pth that does not tell")
+    tokenizer_path: str | None = flag(None, "folder of its tokenizer; if not given: likewise")
+    num_attention_heads: int | None = flag(None, "query heads of a .pth that does not tell")
+    num_key_value_heads: int | None = flag(None, "key and value heads of a .pth that does not tell")
 
     def heads(self) -> dict[str, int | None]:
         names = ("num_attention_heads", "num_key_value_heads")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
-from common.cli import DeviceFlags, check_seed, flag, optional_flag
+from common.cli import DeviceFlags, check_seed, flag
 from common.setup import ENCODERS, TOKENIZERS
 from common.weights import SIZES
 
@@ -42,25 +42,25 @@ class TrainingFlags(DeviceFlags):
     out_dir: str = resumable("out", "folder for weights; metrics go to runs/ in it")
     epochs: int = flag(1, "passes over the data")
     batch_size: int = resumable(16, "rows of one micro-batch on one rank")
-    tokens_per_batch: int | None = optional_flag(
-        "tokens of one micro-batch on one rank, padding included: as many rows as fit, not --batch_size"
+    tokens_per_batch: int | None = flag(
+        None, "tokens of one micro-batch on one rank, padding included: as many rows as fit, not --batch_size"
     )
     pack: bool = resumable(False, "put several rows into one sequence of --max_seq_len tokens, if cheaper")
     accumulation_steps: int = resumable(1, "micro-batches for one optimizer step")
     learning_rate: float = flag(4e-4, "peak learning rate; a cosine brings it down to a tenth")
     warmup_iters: int = flag(0, "optimizer steps of linear warm-up before the cosine")
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0 switches clipping off")
-    max_steps: int | None = optional_flag("stop after this many optimizer steps, whatever --epochs says")
+    max_steps: int | None = flag(None, "stop after this many optimizer steps, whatever --epochs says")
     max_seq_len: int = flag(640, "longest row in tokens, images included; longer rows are cut in their text")
-    from_weight: str | None = optional_flag(
-        "the base, weights to start from, or 'none'; if not given: what the stage before wrote to --out_dir"
+    from_weight: str | None = flag(
+        None, "the base: weights, or 'none'; if not given: what the stage before wrote to --out_dir"
     )
-    hidden_size: int | None = optional_flag("width of the language model" + FOLLOWS.format(512))
-    num_hidden_layers: int | None = optional_flag("layers of the language model" + FOLLOWS.format(8))
-    num_attention_heads: int | None = optional_flag("query heads" + FOLLOWS.format(8))
-    num_key_value_heads: int | None = optional_flag("key and value heads" + FOLLOWS.format(2))
-    use_moe: bool | None = optional_flag("mixture-of-experts layers" + FOLLOWS.format(False))
-    tokenizer_path: str | None = optional_flag("folder of the tokenizer" + FOLLOWS.format(TOKENIZERS[2]))
+    hidden_size: int | None = flag(None, "width of the language model" + FOLLOWS.format(512))
+    num_hidden_layers: int | None = flag(None, "layers of the language model" + FOLLOWS.format(8))
+    num_attention_heads: int | None = flag(None, "query heads" + FOLLOWS.format(8))
+    num_key_value_heads: int | None = flag(None, "key and value heads" + FOLLOWS.format(2))
+    use_moe: bool | None = flag(None, "mixture-of-experts layers" + FOLLOWS.format(False))
+    tokenizer_path: str | None = flag(None, "folder of the tokenizer" + FOLLOWS.format(TOKENIZERS[2]))
     compile: bool = resumable(False, "compile the model with torch.compile")
     activation_checkpointing: bool = resumable(False, "recompute activations: less memory, a third slower")
     num_workers: int = resumable(min(8, os.cpu_count() or 1), "processes that prepare batches; 0: this one")
@@ -74,7 +74,7 @@ class TrainingFlags(DeviceFlags):
     eval_interval: int = resumable(1000, "optimizer steps between two such measurements")
     on_bad_sample: str = resumable("skip", "unusable rows: skip and list, or end the run", ("skip", "error"))
     max_bad_steps: int = resumable(10, "steps in a row that may be skipped as not finite")
-    loss_spike: float | None = optional_flag("skip steps whose loss is above so many times its mean", True)
+    loss_spike: float | None = resumable(None, "skip steps whose loss is above so many times its mean")
     timeout_seconds: float = resumable(1800.0, "how long a rank waits for the others")
     tracker: str | None = resumable(None, "send the metrics to the package of that name as well", TRACKERS)
     use_wandb: bool = resumable(False, "old name of --tracker wandb")
@@ -112,8 +112,8 @@ class VLMTrainingFlags(TrainingFlags):
 
     images_path: str = resumable("", "folder that the rows' relative image paths start from")
     trainable: str = flag("proj_llm", "which weights learn", TRAINABLE)
-    vision_model_path: str | None = optional_flag("folder of the image encoder" + FOLLOWS.format(ENCODERS[2]))
-    cache_features: str | None = optional_flag("folder for encoder outputs: encode each image once", True)
+    vision_model_path: str | None = flag(None, "folder of the image encoder" + FOLLOWS.format(ENCODERS[2]))
+    cache_features: str | None = resumable(None, "folder for encoder outputs: encode each image once")
     cache_dtype: str = flag(
         "float16", "precision in --cache_features; int8, scaled for each token, halves the disk", CACHE_DTYPES
     )
