@@ -179,20 +179,17 @@ def newest_intact(folder: Path) -> Checkpoint | None:
     UserError if there are only damaged ones.
     """
     damaged = [one for one in folder.glob("step-*") if read_checkpoint(one) is None]
-    intact = None
-    for checkpoint in newest_first(folder):
-        if checkpoint.intact():
-            intact = checkpoint
-            break
-        damaged.append(checkpoint.folder)
-    if damaged and intact is None:
+    found = newest_first(folder)
+    while found and not found[0].intact():
+        damaged.append(found.pop(0).folder)
+    if damaged and not found:
         raise UserError(f"{folder}: no checkpoint is intact; --resume never starts over")
     for one in damaged:
         aside = one.with_name(f"damaged-{one.name}")
         shutil.rmtree(aside, ignore_errors=True)
         one.rename(aside)
         log.warning("warning: %s is damaged: it is now %s, and the one before it is used", one, aside.name)
-    return intact
+    return found[0] if found else None
 
 
 def named_checkpoint(resume: str) -> Checkpoint | None:
