@@ -62,6 +62,7 @@ def test_a_killed_rank_is_started_again_and_nothing_changes(data, tmp_path, run)
     assert_same_run(out, tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_hanging_rank_is_given_up_and_started_again(data, tmp_path):
     out = tmp_path / "out"
     command = long_run(data, out, "--epochs", 20, "--timeout_seconds", 5)
@@ -100,6 +101,7 @@ def test_torchrun_passes_sigterm_on_and_sigusr1_goes_to_the_workers(data, tmp_pa
     assert sidecar["step"] == steps_of(out) and len(weights(out / f"{NAME}.pth")) > 10
 
 
+@pytest.mark.slow
 def test_two_nodes_train_as_one_and_start_again_together(data, tmp_path, run):
     """Two agents on loopback addresses, one rank each, as on two machines with a shared folder."""
     flags = ["--epochs", 10]
