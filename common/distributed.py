@@ -50,13 +50,12 @@ class Runtime:
         return self.gather(torch.tensor(values, dtype=torch.float64)).sum(0).tolist()
 
     def gather(self, values: torch.Tensor) -> torch.Tensor:
-        """(n,) of each rank -> (R, n), on the CPU."""
+        """(n,) of each rank -> (R, n), on the same device: what is on the CPU stops no GPU."""
         if self.world_size == 1:
-            return values[None].cpu()
-        values = values.to(self.device)
+            return values[None]
         parts = [torch.empty_like(values) for _ in range(self.world_size)]
         dist.all_gather(parts, values, group=self.group)
-        return torch.stack(parts).cpu()
+        return torch.stack(parts)
 
     def agree(self, what: str, value: str) -> None:
         """UserError where `value`, which says what this rank found of `what`, differs from rank to rank."""
@@ -115,7 +114,7 @@ def runtime(device: str | None, seed: int):
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     chosen = _device(device)
     if world_size > 1:
-        backend, device_id = ("nccl", chosen) if chosen.type == "cuda" else ("gloo", None)
+        backend, device_id = ("cpu:gloo,cuda:nccl", chosen) if chosen.type == "cuda" else ("gloo", None)
         ranks = {"rank": rank, "world_size": world_size, "device_id": device_id}
         dist.init_process_group(backend, store=_store(), timeout=SETUP_TIMEOUT, **ranks)
         _kept_groups.append(dist.group.WORLD)

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, Sampler
 
 from dataset.errors import DataError
 from dataset.vlm_dataset import Sample, VLMDataset
-from model.processing_vlm import IGNORE_INDEX, image_slots
+from model.processing_vlm import IGNORE_INDEX
 
 MASKED_TOKENS = 3000  # a token of such a long sequence costs as much in masked attention as in all else
 PACKINGS = 64  # tried at most, for one batch
@@ -110,7 +110,7 @@ class StepDataset(Dataset):
         skip_bad: bool = False,
     ):
         self.samples, self.skip_bad = samples, skip_bad
-        self.layout = pad_token_id, pack_length, length_multiple
+        self.layout = pad_token_id, pack_length, length_multiple, samples.processor.tokens_per_image
 
     def __getitem__(self, step: list[list[int]]) -> list[dict] | DataError:
         """The step's micro-batches. A DataError is returned, not raised: a worker process would bury it."""
@@ -136,16 +136,24 @@ class StepDataset(Dataset):
 
 
 def collate(
-    samples: list[Sample], pad_token_id: int, pack_length: int | None = None, length_multiple: int = 1
+    samples: list[Sample],
+    pad_token_id: int,
+    pack_length: int | None = None,
+    length_multiple: int = 1,
+    tokens_per_image: int = 0,
 ) -> dict:
-    """Right-padded tensors, T a multiple of `length_multiple`: input_ids, labels, attention_mask (B, T)
-    int64; where a row has images also pixel_values (B, N, 3, H, W) or image_features (B, N, P, W), and
-    image_counts (B,) int64; the counts `supervised_tokens` (labels that count) and `tokens` (no padding).
-    Where pixel_values hold a picture more than once, `first_image` (images,) int64 has for each image, row
-    after row, the number of the first one that is the same.
+    """Right-padded tensors, T a multiple of `length_multiple`, and what the model would have to look for in
+    them, which stops a GPU: all that is known here is told.
+
+    input_ids, labels, sequence_ids (B, T) int64, the last one -1 for padding, else the number of the token's
+    sequence in its row; their largest number + 1 as `sequences`; the flat positions in B * T whose next label
+    counts, label_positions, and those labels, label_ids (N,) int64. Where a row has images, image_positions
+    (images * P,) int64, the flat positions of their placeholders, with either image_features (images, P, W)
+    or pixel_values (pictures, ...), each picture once, and picture_numbers (images,) int64 to tell which an
+    image is. The counts `supervised_tokens` (labels that count) and `tokens` (no padding).
 
     With `pack_length`, several samples may share a row of at most that many tokens. Where they do, there are
-    position_ids (B, T) as well: the model sees from them that a sequence begins at each 0.
+    position_ids (B, T) as well, which begin at 0 in each sequence.
     """
     lengths = [len(sample.input_ids) for sample in samples]
     rows = pack(lengths, pack_length) if pack_length else [[i] for i in range(len(samples))]
@@ -156,28 +164,40 @@ def collate(
         joined = [[value for i in row for value in values[i]] for row in rows]
         return torch.tensor([row + [fill] * (longest - len(row)) for row in joined])
 
+    numbers = {i: number for row in rows for number, i in enumerate(row)}
     # Nothing predicts a sequence's first token.
     labels = padded([[IGNORE_INDEX, *sample.labels[1:]] for sample in samples], IGNORE_INDEX)
+    following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()  # (B * T,)
+    positions = (following != IGNORE_INDEX).nonzero().squeeze(1)  # (N,)
     batch = {
         "input_ids": padded([sample.input_ids for sample in samples], pad_token_id),
         "labels": labels,
-        "attention_mask": padded([[1] * length for length in lengths], 0),
-        "supervised_tokens": int((labels != IGNORE_INDEX).sum()),
+        "label_positions": positions,
+        "label_ids": following[positions],
+        "sequence_ids": padded([[numbers[i]] * length for i, length in enumerate(lengths)], -1),
+        "sequences": max(map(len, rows)),
+        "supervised_tokens": len(positions),
         "tokens": sum(lengths),
     }
     if len(rows) < len(samples):
         batch["position_ids"] = padded([range(length) for length in lengths], 0)
-    ordered = [samples[i] for row in rows for i in row if samples[i].images]
+    ordered, starts = [], []
+    for number, row in enumerate(rows):
+        begin = number * longest
+        for i in row:
+            starts += [begin + start for start in samples[i].image_starts]
+            ordered += [samples[i]] if samples[i].images else []
+            begin += lengths[i]
     if not ordered:
         return batch
-    counts = torch.tensor([sum(len(samples[i].images) for i in row) for row in rows])  # (B,)
-    name = "pixel_values" if ordered[0].image_features is None else "image_features"
-    images = torch.cat([getattr(sample, name) for sample in ordered])
-    batch |= {name: image_slots(images, counts), "image_counts": counts}
-    paths = [path for sample in ordered for path in sample.images]
-    if name == "pixel_values" and len(set(paths)) < len(paths):
-        batch["first_image"] = torch.tensor([paths.index(path) for path in paths])
-    return batch
+    batch["image_positions"] = (torch.tensor(starts)[:, None] + torch.arange(tokens_per_image)).flatten()
+    if ordered[0].image_features is not None:
+        return batch | {"image_features": torch.cat([sample.image_features for sample in ordered])}
+    shown = [pair for each in ordered for pair in zip(each.images, each.pixel_values, strict=True)]
+    pictures = dict(shown)  # in the order in which they come first
+    places = {path: number for number, path in enumerate(pictures)}
+    batch["picture_numbers"] = torch.tensor([places[path] for path, _ in shown])
+    return batch | {"pixel_values": torch.stack([*pictures.values()])}
 
 
 def pack(lengths: list[int], pack_length: int) -> list[list[int]]:

@@ -17,6 +17,7 @@ from dataset.errors import DataError
 from dataset.feature_cache import FeatureCache
 from dataset.files import sha256_of
 from dataset.pictures import open_image
+from dataset.pixels import Pixels
 from dataset.rows import load_rows, resolve_image, store_of
 from model.pictures import first_line
 from model.processing_vlm import IGNORE_INDEX, IMAGE_MARKER, MiniMindVLMProcessor, control_tokens
@@ -27,13 +28,15 @@ TOKENS_AROUND_A_TURN = 6  # two control tokens, the role and the newlines
 @dataclass
 class Sample:
     """The row `where`, ready for a batch. A row with `images`, their paths or places in the store, has either
-    `pixel_values` (N, 3, H, W) or, from a feature cache, `image_features` (N, P, W)."""
+    `pixel_values` (N, 3, H, W) as Pixels gives them or, from a feature cache, `image_features` (N, P, W); the
+    placeholders of each begin at `image_starts`."""
 
     input_ids: list[int]
     labels: list[int]
     pixel_values: torch.Tensor | None = None
     image_features: torch.Tensor | None = None
     images: list[str] = field(default_factory=list)
+    image_starts: list[int] = field(default_factory=list)
     where: str = ""
 
     @property
@@ -57,6 +60,7 @@ class VLMDataset(Dataset):
     ):
         self.processor, self.max_length = processor, max_length
         self.features: FeatureCache | None = None  # set it to read features instead of pictures
+        self.pixels = Pixels(processor.image_processor) if processor.image_processor else None
         self.rows = load_rows(paths, images_path)
         self.places = str(images_path.resolve()) if images_path else "", store_of(self.rows)
         arguments = {"tokenizer": processor.tokenizer, "system_tokens": _default_system_tokens(processor)}
@@ -107,10 +111,14 @@ class VLMDataset(Dataset):
         return found
 
     def _sample(self, row: dict, pictures: dict[str, torch.Tensor]) -> Sample:
-        image = self.processor.placeholder_id, self.processor.tokens_per_image
-        input_ids, labels, kept = cut(*self._encode(row), self.max_length, *image)
-        paths = [resolve_image(image, *self.places) for image in row["images"][:kept]]
-        sample = Sample(input_ids, labels, images=paths, where=row["where"])
+        input_ids, labels = self._encode(row)
+        tokens = self.processor.tokens_per_image
+        starts = image_starts(input_ids, self.processor.placeholder_id, tokens)
+        if len(starts) != (given := len(row["images"])):
+            raise DataError(f"{row['where']}: {len(starts)} runs of placeholders, but {given} images")
+        input_ids, labels, starts = cut(input_ids, labels, starts, tokens, self.max_length)
+        paths = [resolve_image(image, *self.places) for image in row["images"][: len(starts)]]
+        sample = Sample(input_ids, labels, images=paths, image_starts=starts, where=row["where"])
         if not paths:
             return sample
         if self.features is not None:
@@ -118,8 +126,7 @@ class VLMDataset(Dataset):
             return sample
         for path in paths:
             if path not in pictures:
-                picture = open_image(path, row["where"], self.processor.image_size)
-                (pictures[path],) = self.processor.pixel_values([picture])
+                pictures[path] = self.pixels(open_image(path, row["where"], self.processor.image_size))
         sample.pixel_values = torch.stack([pictures[path] for path in paths])
         return sample
 
@@ -158,17 +165,22 @@ def _default_system_tokens(processor: MiniMindVLMProcessor) -> int:
     return len(processor.encode_prompt([user])) - len(given) + 1 + TOKENS_AROUND_A_TURN
 
 
-def cut(
-    input_ids: list[int], labels: list[int], max_length: int, placeholder: int, tokens_per_image: int
-) -> tuple[list[int], list[int], int]:
-    """Shortens a row to at most `max_length` tokens, never inside an image: an image that does not fit whole
-    is dropped with everything after it. Returns ids, labels and the number of images that are left."""
+def image_starts(input_ids: list[int], placeholder: int, tokens_per_image: int) -> list[int]:
+    """Where the placeholders of each image begin."""
     starts, position = [], 0
     for token, run in itertools.groupby(input_ids):
         images, rest = divmod(len(list(run)), tokens_per_image)  # a shorter run of placeholders is text
         if token == placeholder:
             starts += [position + i * tokens_per_image for i in range(images)]
         position += images * tokens_per_image + rest
-    kept = sum(start + tokens_per_image <= max_length for start in starts)
-    end = min([max_length, *starts[kept:]])
+    return starts
+
+
+def cut(
+    input_ids: list[int], labels: list[int], starts: list[int], tokens_per_image: int, max_length: int
+) -> tuple[list[int], list[int], list[int]]:
+    """Shortens a row to at most `max_length` tokens, never inside an image: an image that does not fit whole
+    is dropped with everything after it. `starts` are the images', and returned are those that are left."""
+    kept = [start for start in starts if start + tokens_per_image <= max_length]
+    end = min([max_length, *starts[len(kept) :]])
     return input_ids[:end], labels[:end], kept

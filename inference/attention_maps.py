@@ -33,5 +33,5 @@ def attention_to_patches(model: MiniMindVLM, inputs: BatchFeature, new_ids: torc
     choosing = torch.cat([input_ids[:, -1:], new_ids[None, :-1].to(input_ids)], dim=1)  # (1, N)
     answer = model(choosing, past_key_values=prompt.past_key_values, output_attentions=True)
     weights = torch.cat(answer.attentions)[..., : input_ids.shape[1]]  # (L, H, N, T)
-    is_patch = model._image_positions(input_ids, inputs["image_counts"])[0]  # (T,)
-    return weights.float().mean((0, 1))[:, is_patch].view(tokens, -1, per_image)
+    patches = model._image_positions(input_ids, inputs["image_counts"])  # (images * P,)
+    return weights.float().mean((0, 1))[:, patches].view(tokens, -1, per_image)

@@ -154,28 +154,35 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
 
         `attention_mask` is `(B, S)` with 1 for real tokens (cached ones included), or a ready 4-D mask.
         `labels` are `(B, T)`, unshifted, -100 where nothing is learnt; `loss` is then the mean over
-        supervised tokens, 0 if there are none. Two of `args` matter, both with `labels`: `num_items_in_batch`
-        divides the summed loss instead of this call's own count (for gradient accumulation and several
-        ranks), and `skip_logits=True` leaves `logits` and `last_hidden_state` None: where no position but the
-        supervised ones matters, the last layer's feed-forward and the head work on those alone.
+        supervised tokens, 0 if there are none. Two of `args` matter with them: `num_items_in_batch` divides
+        the summed loss instead of this call's own count (for gradient accumulation and several ranks), and
+        `skip_logits=True` leaves `logits` and `last_hidden_state` None: where no position but the supervised
+        ones matters, the last layer's feed-forward and the head work on those alone.
+
+        What a batch of dataset/collate.py tells is not looked for, which would stop a GPU: `label_positions`
+        and `label_ids` (N,) instead of `labels`, `sequence_ids` (B, T) with their number `sequences` instead
+        of `attention_mask`, for rows that are padded on the right.
         """
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        only_loss = labels is not None and args.get("skip_logits", False)
-        positions = loss = logits = None
+        positions, targets = args.get("label_positions"), args.get("label_ids")
         if labels is not None:
-            targets = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()  # (B * T,), -100 at a row's end
-            positions = (targets != -100).nonzero().squeeze(1)  # (supervised,)
-        wanted = positions if only_loss else None
-        weights = args.get("output_attentions", self.config.output_attentions)
+            following = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()  # (B * T,), -100 at a row's end
+            positions = (following != -100).nonzero().squeeze(1)  # (supervised,)
+            targets = following[positions]
+        only_loss = positions is not None and args.get("skip_logits", False)
+        loss = logits = None
+        told = {name: args[name] for name in ("sequence_ids", "sequences") if name in args}
+        told["output_attentions"] = args.get("output_attentions", self.config.output_attentions)
+        told["positions"] = positions if only_loss else None
         hidden, aux_loss = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, wanted, weights
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **told
         )
-        if labels is not None:
+        if positions is not None:
             supervised = hidden if only_loss else select(hidden, positions)  # (supervised, C)
             items = args.get("num_items_in_batch")
             items = max(len(positions), 1) if items is None else items
-            loss = self._loss_sum(supervised, targets[positions]) / items
+            loss = self._loss_sum(supervised, targets) / items
         if not only_loss:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, keep])  # (B, kept, V)
@@ -219,6 +226,8 @@ class MiniMindModel(nn.Module):
         inputs_embeds: Tensor | None = None,
         positions: LongTensor | None = None,
         output_attentions: bool = False,
+        sequence_ids: LongTensor | None = None,
+        sequences: int = 1,
     ) -> tuple[Tensor, Tensor]:
         """Final hidden states (B, T, C), or (N, C) at flat `positions` (N,) alone; auxiliary loss."""
         hidden = self.embed(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
@@ -227,7 +236,10 @@ class MiniMindModel(nn.Module):
         if isinstance(past, int) and past + length > self.config.max_position_embeddings:
             limit = self.config.max_position_embeddings
             raise ValueError(f"the input has {past + length} tokens, but max_position_embeddings is {limit}")
-        mask, sequences = self._masks(hidden, attention_mask, position_ids, past_key_values)
+        if sequence_ids is None:
+            mask, members = self._masks(hidden, attention_mask, position_ids, past_key_values)
+        else:
+            mask, members = sequence_masks(sequence_ids, sequences)
         if position_ids is None:
             if attention_mask is not None and attention_mask.dim() == 2:
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]  # (B, T)
@@ -239,7 +251,7 @@ class MiniMindModel(nn.Module):
         aux_loss = torch.zeros((), device=hidden.device)
         for layer in self.layers:
             wanted = positions if layer is self.layers[-1] else None
-            hidden, layer_aux_loss = layer(hidden, sequences, wanted, **attention)
+            hidden, layer_aux_loss = layer(hidden, members, wanted, **attention)
             aux_loss = aux_loss + layer_aux_loss
         return self.norm(hidden), aux_loss
 
@@ -257,16 +269,24 @@ class MiniMindModel(nn.Module):
         if position_ids is not None and past_key_values is None and (is_2d or attention_mask is None):
             starts = position_ids.expand(hidden.shape[:2]) == 0  # (B, T)
             if bool(starts[:, 1:].any()):  # packed
-                rows = starts.cumsum(-1) if tokens is None else starts.cumsum(-1).masked_fill(~tokens, -1)
-                numbers = torch.arange(int(rows.max()) + 1, device=hidden.device)
-                mask = (rows[:, None, :] == rows[:, :, None]).tril()[:, None]  # (B, 1, T, T)
-                return mask, rows[:, None] == numbers[:, None]
+                numbers = starts.cumsum(-1) if tokens is None else starts.cumsum(-1).masked_fill(~tokens, -1)
+                return sequence_masks(numbers, int(numbers.max()) + 1)
         sequences = tokens[:, None] if tokens is not None else None  # (B, 1, T)
         if tokens is not None and past_key_values is None and bool((tokens[:, 1:] <= tokens[:, :-1]).all()):
             # With all padding on the right, a causal mask already hides it from every real token.
             return None, sequences
         mask = create_causal_mask(self.config, hidden, attention_mask, past_key_values, position_ids)
         return mask, sequences
+
+
+def sequence_masks(sequence_ids: LongTensor, sequences: int) -> tuple[Tensor | None, Tensor]:
+    """As `_masks`, for rows padded on the right whose tokens are of the sequences `sequence_ids` (B, T), -1
+    for padding, all below `sequences`."""
+    numbers = torch.arange(sequences, device=sequence_ids.device)[:, None]
+    members = sequence_ids[:, None] == numbers  # (B, R, T)
+    if sequences == 1:
+        return None, members
+    return (sequence_ids[:, None, :] == sequence_ids[:, :, None]).tril()[:, None], members  # (B, 1, T, T)
 
 
 class MiniMindBlock(GradientCheckpointingLayer):

@@ -172,29 +172,38 @@ class MiniMindVLM(MiniMindForCausalLM):
         image_features: Tensor | None = None,
         image_counts: LongTensor | None = None,
         position_ids: LongTensor | None = None,
-        first_image: LongTensor | None = None,
+        image_positions: LongTensor | None = None,
+        picture_numbers: LongTensor | None = None,
         **args,
     ) -> MiniMindOutput:
         """As the language model's forward, with images.
 
         `pixel_values` is (B, I, 3, H, W), or (B, 3, H, W) for one image a row, or (B, I, 1, 3, H, W);
         `image_counts` (B,) int64 says how many of a row's slots are real (absent: all); `image_features`
-        (B, I, P, W) replaces `pixel_values` when features are computed already; `first_image` (images,) has
-        for each real image, row after row, the number of the first equal one, so that each is encoded once.
+        (B, I, P, W) replaces `pixel_values` when features are computed already.
         Images are read only where the cache is empty. Without images nothing is replaced. ValueError where
         runs of placeholders and images disagree.
+
+        With `image_positions` (images * P,), the flat positions of all placeholders, as a batch of
+        dataset/collate.py has them, nothing is looked for or checked: `image_features` are (images, P, W), or
+        `pixel_values` (pictures, 3, H, W), of which `picture_numbers` (images,) tells which an image is.
         """
-        images = image_features if image_features is not None else pixel_values
+        images, are_features = pixel_values, image_features is not None
+        if are_features:
+            images = image_features
         if images is not None and (past_key_values is None or past_key_values.get_seq_length() == 0):
-            if image_features is not None:
-                features, counts = real_slots(image_features, "(B, I, P, W)", image_counts)
-            else:
-                images = images.squeeze(2) if images.dim() == 6 else images
-                images = images.unsqueeze(1) if images.dim() == 4 else images
-                images, counts = real_slots(images, "(B, I, 3, H, W)", image_counts)
-                features = self._encode(images, first_image)
+            if image_positions is None:
+                if not are_features:
+                    images = images.squeeze(2) if images.dim() == 6 else images
+                    images = images.unsqueeze(1) if images.dim() == 4 else images
+                layout = "(B, I, P, W)" if are_features else "(B, I, 3, H, W)"
+                images, counts = real_slots(images, layout, image_counts)
+                image_positions = self._image_positions(input_ids, counts)
+            features = images if are_features else self._encode(images)
+            if picture_numbers is not None:
+                features = features.index_select(0, picture_numbers)
             embedded = self.model.embed(input_ids)
-            args["inputs_embeds"] = self._insert_features(input_ids, embedded, features, counts)
+            args["inputs_embeds"] = self._insert_features(embedded, features, image_positions)
         args |= {"labels": labels, "position_ids": position_ids}
         return super().forward(input_ids, attention_mask, past_key_values, use_cache, logits_to_keep, **args)
 
@@ -205,34 +214,29 @@ class MiniMindVLM(MiniMindForCausalLM):
         (B, I, P, W). `seqlen` belongs to the published signature; the length never changes here."""
         if vision_tensors is None:
             return h
-        return self._insert_features(tokens, h, *real_slots(vision_tensors, "(B, I, P, W)", None))
+        features, counts = real_slots(vision_tensors, "(B, I, P, W)", None)
+        return self._insert_features(h, features, self._image_positions(tokens, counts))
 
-    def _encode(self, images: Tensor, first_image: LongTensor | None) -> Tensor:
+    def _encode(self, images: Tensor) -> Tensor:
         """Encoder outputs (images, P, W) of images (images, 3, H, W)."""
         if self.vision_encoder is None:
             raise ValueError("pixel_values were given, but this model was built without a vision encoder")
         if len(images) == 0:
             return images.new_zeros(0, len(self.config.image_ids), self.vision_encoder.config.hidden_size)
-        if first_image is None:
-            return self.get_image_embeddings(images, self.vision_encoder)
-        first, picture = first_image.unique(return_inverse=True)  # (pictures,), (images,)
-        return self.get_image_embeddings(images[first], self.vision_encoder)[picture]
+        return self.get_image_embeddings(images, self.vision_encoder)
 
-    def _insert_features(
-        self, input_ids: LongTensor, embedded: Tensor, features: Tensor, image_counts: LongTensor
-    ) -> Tensor:
-        """`embedded` (B, T, C) with projected features (images, P, W) in place of the placeholder runs."""
-        slots = self._image_positions(input_ids, image_counts)  # (B, T), bool
+    def _insert_features(self, embedded: Tensor, features: Tensor, positions: LongTensor) -> Tensor:
+        """`embedded` (B, T, C) with projected features (images, P, W) at flat `positions` (images * P,)."""
         weight = next(self.vision_proj.parameters())  # (C, W), or a norm's (W,)
         found, expected = tuple(features.shape[1:]), (len(self.config.image_ids), weight.shape[-1])
         if found != expected:
             raise ValueError(f"image features have shape {found}, expected {expected}")
         projected = self.vision_proj(features.to(weight.dtype)).to(embedded.dtype)  # (images, P, C)
         # Not in place: dropout and embedding need their outputs in the backward pass.
-        return embedded.masked_scatter(slots.unsqueeze(-1), projected)
+        return embedded.flatten(0, 1).index_copy(0, positions, projected.flatten(0, 1)).view_as(embedded)
 
     def _image_positions(self, input_ids: LongTensor, image_counts: LongTensor) -> Tensor:
-        """Mask (B, T) of the ids that images replace: a maximal run of n * P placeholders takes n images."""
+        """Flat positions (images * P,) of what images replace: a run of n * P placeholders takes n images."""
         tokens = len(self.config.image_ids)
         placeholder = input_ids == self.config.image_ids[0]  # (B, T)
         starts = placeholder & ~nn.functional.pad(placeholder, (1, 0))[:, :-1]  # (B, T)
@@ -249,7 +253,7 @@ class MiniMindVLM(MiniMindForCausalLM):
             row = (found != image_counts).nonzero()[0].item()
             runs = f"{found[row].item()} runs of {tokens} image placeholders"
             raise ValueError(f"row {row}: {runs}, but {image_counts[row].item()} images")
-        return placeholder.masked_scatter(placeholder, images[run_of_token] > 0)
+        return placeholder.flatten().nonzero().squeeze(1)[images[run_of_token] > 0]
 
     def prepare_inputs_for_generation(self, input_ids, **kwargs):
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)

@@ -31,6 +31,7 @@ from common.weights import describe, half_state, save_weights
 from dataset.collate import collate
 from dataset.vlm_dataset import VLMDataset
 from model.processing_vlm import MiniMindVLMProcessor
+from trainer.learner import model_inputs
 
 TINY_ENCODER = ROOT / "tests/golden/clip"  # hidden 64, 196 patch tokens
 COLOURS = ("blue", "green", "red", "yellow")
@@ -120,11 +121,11 @@ def weight(world, tokenizer) -> Path:
     config = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
     model, processor = build_vlm(config, str(TINY_ENCODER), tokenizer)
     samples = VLMDataset([world / "eval.jsonl"], processor, 1000, world / "images")
-    batch = collate([samples[i] for i in range(len(samples))], tokenizer.pad_token_id)
-    pixel_values = batch["pixel_values"]  # (B, I, 3, H, W)
-    features = model.get_image_embeddings(pixel_values.flatten(0, 1), model.vision_encoder)
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels", "image_counts")}
-    inputs["image_features"] = features.unflatten(0, pixel_values.shape[:2])
+    rows = [samples[i] for i in range(len(samples))]
+    batch = collate(rows, tokenizer.pad_token_id, tokens_per_image=processor.tokens_per_image)
+    inputs = model_inputs(batch, torch.device("cpu"), samples.pixels)
+    pictures = model.get_image_embeddings(inputs.pop("pixel_values"), model.vision_encoder)
+    inputs["image_features"] = pictures[inputs.pop("picture_numbers")]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=8e-3)
     for _ in range(300):
         loss = model(**inputs).loss

@@ -40,14 +40,19 @@ def train(
     DataError (a row that is not usable) or a UserError (too many bad steps) ends it.
     """
     sampler = step_sampler(samples, flags, runtime)
-    learner = Learner(model, flags, runtime)
+    learner = Learner(model, flags, runtime, samples.pixels)
     progress = Progress()
     if resumed is not None:
         progress = learner.restore(resumed)
         metrics.restore(resumed["metrics"])
         resumed = None  # as large as model and optimizer together: nobody else may hold it either
 
+    def settle(running: int = 0) -> None:
+        for told in learner.settle(progress, running):
+            metrics.step(**told)
+
     def save(finished: bool = False) -> None:
+        settle()
         runtime.save_asked = False
         checkpoints.save(learner.state(progress) | {"metrics": metrics.state()}, finished)
 
@@ -78,14 +83,15 @@ def train(
                     save()  # what was learnt so far is not lost
                 raise
             rate = learning_rate(progress.step, total_steps, flags)
-            sums = learner.step(micro_batches, totals, rate, progress)
-            metrics.step(progress.step, **sums)
-            if sums["bad"]:
-                rows = [where for batch in micro_batches for where in batch["where"]]
-                metrics.note_bad_step(progress.step, rows, sums["bad"])
+            learner.step(micro_batches, totals, rate, progress)
             done = progress.step == total_steps
+            intervals = flags.log_interval, flags.eval_interval, flags.save_interval
+            is_due = done or any(progress.step % interval == 0 for interval in intervals)
+            settle(running=0 if is_due or totals["save"] or totals["stop_code"] else 1)
+            if progress.bad_in_a_row >= flags.max_bad_steps:  # the step that still runs may be the last
+                settle()
             if done or progress.step % flags.log_interval == 0:
-                metrics.report(progress, rate, sums["grad_norm"])
+                metrics.report(progress, rate)
             hopeless = progress.bad_in_a_row > flags.max_bad_steps
             with metrics.paused():
                 try:
@@ -97,7 +103,7 @@ def train(
                 if stop_code or hopeless or due:
                     save()
             if hopeless:
-                found = f"{progress.bad_in_a_row} steps in a row were bad, the last for its {sums['bad']}"
+                found = f"{progress.bad_in_a_row} steps in a row were bad, the last for its {metrics.bad}"
                 left = f"Their rows are in {metrics.bad_batches}, the weights from before them are saved"
                 message = f"{found}; --max_bad_steps is {flags.max_bad_steps}. {left}"
                 raise UserError(message) if runtime.is_main else ToldElsewhere
@@ -105,6 +111,7 @@ def train(
                 return stop_code
             if done:
                 break
+        settle()
         if not progress.learnt_tokens and not progress.bad_steps:
             raise metrics.no_usable_row()
         if progress.step < total_steps:
@@ -145,7 +152,7 @@ def evaluate(
         if stop_code := count(micro_batches, runtime)["stop_code"]:
             break
         for batch in micro_batches:
-            inputs = model_inputs(batch, runtime.device)
+            inputs = model_inputs(batch, runtime.device, samples.pixels)
             with autocast(flags.dtype, runtime.device):
                 loss += float(model(**inputs, num_items_in_batch=1, skip_logits=True).loss)
             tokens += batch["supervised_tokens"]

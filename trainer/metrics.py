@@ -63,6 +63,7 @@ class Metrics:
         self.paused_at: float | None = None
         self.failure: UserError | None = None  # to write, kept until all ranks can act on it together
         self.listed = set(self.skipped())
+        self.grad_norm, self.bad = math.nan, ""  # of the last step
 
     def state(self) -> dict[str, Any]:
         """What `restore` needs to go on with the next line; every rank must call it."""
@@ -80,24 +81,26 @@ class Metrics:
         now = time.perf_counter()
         self.start, self.interval_start = now - state["seconds"], now - state["interval_seconds"]
 
-    def step(self, step: int, skipped: list[str], **sums: Any) -> None:
-        """Adds this rank's part of a step: `loss` summed over supervised tokens, `aux_loss` over rows,
-        counts, and the rows that were `skipped`, which are listed."""
+    def step(
+        self, step: int, skipped: list[str], where: list[str], grad_norm: float, bad: str, **sums: float
+    ) -> None:
+        """Adds this rank's part of a step: `loss` summed over supervised tokens, `aux_loss` over rows, and
+        counts. Rows that were `skipped` are listed, and with `bad`, which says why the step changed nothing,
+        its rows `where`."""
         for name in SUMMED:
             self.sums[name] += len(skipped) if name == "skipped_rows" else sums[name]
         for message in skipped:
             if message not in self.listed:  # once, whatever the number of epochs
                 self.listed.add(message)
                 self._append(self.bad_samples, {"step": step, "error": message})
+        self.grad_norm, self.bad = grad_norm, bad
+        if bad:
+            record = {"step": step, "rank": self.runtime.rank, "reason": bad, "rows": where}
+            self._append(self.bad_batches, record)
+            log.warning("warning: step %d is skipped: %s", step, bad)
         self.bar.update()
 
-    def note_bad_step(self, step: int, rows: list[str], reason: str) -> None:
-        """Lists this rank's rows of a step that changed nothing."""
-        record = {"step": step, "rank": self.runtime.rank, "reason": reason, "rows": rows}
-        self._append(self.bad_batches, record)
-        log.warning("warning: step %d is skipped: %s", step, reason)
-
-    def report(self, progress: Progress, learning_rate: float, grad_norm: float) -> None:
+    def report(self, progress: Progress, learning_rate: float) -> None:
         """Writes a line; every rank must call it at the same step."""
         now = time.perf_counter()
         seconds = now - self.interval_start
@@ -108,7 +111,7 @@ class Metrics:
             "loss": sums["loss"] / sums["supervised_tokens"] if sums["supervised_tokens"] else math.nan,
             "aux_loss": sums["aux_loss"] / max(sums["learnt_rows"], 1),
             "learning_rate": learning_rate,
-            "grad_norm": grad_norm,
+            "grad_norm": self.grad_norm,
             "samples_per_second": sums["rows"] / seconds,
             "tokens_per_second": sums["tokens"] / seconds,
             "supervised_tokens": int(sums["supervised_tokens"]),

@@ -110,12 +110,16 @@ def test_a_rank_without_a_row_gets_an_empty_micro_batch():
 def test_batches_are_padded_to_their_longest_row(data, processor):
     steps = StepDataset(VLMDataset([data / "dialogues.jsonl"], processor, 512, data / "images"), 0)
     (batch,) = steps[[[0, 1, 2]]]
-    lengths = batch["attention_mask"].sum(1)
+    real = batch["sequence_ids"] == 0
+    lengths = real.sum(1)
     assert batch["input_ids"].shape == (3, int(lengths.max()))
     assert batch["tokens"] == int(lengths.sum()) and batch["rows"] == 3
     assert batch["supervised_tokens"] == int((batch["labels"] != IGNORE_INDEX).sum())
-    assert batch["image_counts"].tolist() == [0, 1, 2] and batch["pixel_values"].shape[:2] == (3, 2)
-    assert (batch["labels"][batch["attention_mask"] == 0] == IGNORE_INDEX).all()
+    assert batch["pixel_values"].shape == (3, 3, 224, 224) and batch["picture_numbers"].tolist() == [0, 1, 2]
+    assert torch.equal(batch["image_positions"], (batch["input_ids"].flatten() == 34).nonzero().flatten())
+    assert (batch["labels"][~real] == IGNORE_INDEX).all() and batch["sequences"] == 1
+    following = batch["labels"].flatten()[batch["label_positions"] + 1]
+    assert torch.equal(batch["label_ids"], following) and len(following) == batch["supervised_tokens"]
 
 
 def test_rows_with_nothing_to_learn_are_left_out_and_counted(data, processor):
@@ -171,7 +175,8 @@ def test_packed_rows_keep_their_own_positions_and_pictures(data, processor):
     (plain,) = StepDataset(samples, 0)[[list(range(8))]]
     (packed,) = StepDataset(samples, 0, 150)[[list(range(8))]]
     assert packed["input_ids"].shape[1] <= 150
-    assert packed["attention_mask"].sum() == packed["tokens"]
+    assert (packed["sequence_ids"] >= 0).sum() == packed["tokens"]
+    assert packed["sequences"] == packed["sequence_ids"].max() + 1 > 1
     assert len(packed["input_ids"]) < 8
     for name in ("supervised_tokens", "tokens", "rows"):
         assert packed[name] == plain[name]
@@ -180,7 +185,9 @@ def test_packed_rows_keep_their_own_positions_and_pictures(data, processor):
         starts = [*(positions == 0).nonzero().flatten().tolist(), len(ids)]
         found += [ids[a:b].tolist() for a, b in itertools.pairwise(starts) if b - a > 1]
     assert sorted(found) == sorted(samples[i].input_ids for i in range(8))
-    assert packed["image_counts"].sum() == plain["image_counts"].sum()
+    assert len(packed["picture_numbers"]) == len(plain["picture_numbers"])
+    placeholders = (packed["input_ids"].flatten() == 34).nonzero().flatten()
+    assert torch.equal(packed["image_positions"].sort().values, placeholders)
     assert (packed["labels"][packed["position_ids"] == 0] == IGNORE_INDEX).all()
 
 

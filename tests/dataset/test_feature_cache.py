@@ -11,6 +11,7 @@ from dataset.collate import StepDataset
 from dataset.errors import DataError
 from dataset.feature_cache import FeatureCache, _to_stored, encode_missing
 from dataset.vlm_dataset import VLMDataset
+from trainer.learner import model_inputs
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
 
@@ -40,11 +41,10 @@ def test_batches_with_features_give_the_loss_of_batches_with_pixels(data, tmp_pa
     cached = VLMDataset(*rows)
     cached.features = filled(tmp_path / "cache", vlm, samples.image_paths())
     (pixels,), (features,) = (StepDataset(part, 0)[[list(range(8))]] for part in (samples, cached))
-    assert "pixel_values" not in features and features["image_features"].shape[:3] == (8, 2, 196)
-    names = ("input_ids", "attention_mask", "labels", "image_counts")
-    inputs = {name: pixels[name] for name in names}
-    expected = model(**inputs, pixel_values=pixels["pixel_values"]).loss.item()
-    found = model(**inputs, image_features=features["image_features"]).loss.item()
+    assert "pixel_values" not in features and features["image_features"].shape[:2] == (7, 196)
+    cpu = torch.device("cpu")
+    expected, found = (model(**model_inputs(each, cpu, samples.pixels)).loss for each in (pixels, features))
+    expected, found = expected.item(), found.item()
     assert found == pytest.approx(expected, abs=1e-4)
 
 

@@ -76,7 +76,11 @@ def test_a_picture_that_several_rows_show_is_decoded_once(contents, tmp_path, pr
     monkeypatch.setattr(dataset.vlm_dataset, "open_image", lambda *a: opened.append(a) or real(*a))
     path = write_table(tmp_path / "x.parquet", [contents[i % 2] for i in range(8)])
     batch = StepDataset(VLMDataset([path], processor, 512), 0)[[list(range(8))]][0]
-    assert len(opened) == 2 and batch["first_image"].tolist() == [0, 1] * 4
+    assert (
+        len(opened) == 2
+        and batch["picture_numbers"].tolist() == [0, 1] * 4
+        and len(batch["pixel_values"]) == 2
+    )
 
 
 def test_features_of_a_stored_picture_are_those_of_its_file(contents, data, tmp_path, tokenizer):

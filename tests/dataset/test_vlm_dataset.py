@@ -11,11 +11,15 @@ from PIL import Image
 import dataset.vlm_dataset
 from dataset.errors import DataError
 from dataset.pictures import open_image
-from dataset.vlm_dataset import VLMDataset, cut
+from dataset.vlm_dataset import VLMDataset, cut, image_starts
 from model.processing_vlm import IGNORE_INDEX, MiniMindVLMProcessor
 
 RUN = [34] * 4
 IMAGE = RUN[0], len(RUN)
+
+
+def shortened(row: list[int], max_length: int) -> tuple[list[int], list[int], list[int]]:
+    return cut(row, list(row), image_starts(row, *IMAGE), len(RUN), max_length)
 
 
 @pytest.mark.parametrize(
@@ -35,19 +39,19 @@ IMAGE = RUN[0], len(RUN)
 )
 def test_rows_are_cut_in_text_only(max_length, left, images):
     row = [7, *RUN, 8, 9, 10, *RUN, 11, 12]
-    ids, labels, kept = cut(row, list(row), max_length, *IMAGE)
-    assert (ids, labels, kept) == (row[:left], row[:left], images)
+    ids, labels, kept = shortened(row, max_length)
+    assert (ids, labels, kept) == (row[:left], row[:left], [1, 8][:images])
 
 
 def test_cut_knows_a_lone_placeholder_from_an_image():
     row = [34, 7, 34, 34, 7, *RUN, 8, 9, 9]
-    assert cut(row, row, 11, *IMAGE) == (row[:11], row[:11], 1)
-    assert cut(row, row, 8, *IMAGE) == (row[:5], row[:5], 0)
+    assert shortened(row, 11) == (row[:11], row[:11], [5])
+    assert shortened(row, 8) == (row[:5], row[:5], [])
 
 
 def test_adjacent_images_are_cut_between():
     row = [7, *RUN, *RUN, 8]
-    assert cut(row, row, 7, *IMAGE) == (row[:5], row[:5], 1)
+    assert shortened(row, 7) == (row[:5], row[:5], [1])
 
 
 def test_sample_of_a_picture_row(data, processor):
@@ -56,7 +60,9 @@ def test_sample_of_a_picture_row(data, processor):
     assert sample.pixel_values.shape == (2, 3, 224, 224)
     assert sample.input_ids.count(34) == 8
     picture = Image.open(data / "images/0.png").convert("RGB")
-    assert torch.equal(sample.pixel_values[1], processor.pixel_values([picture])[0])
+    expected = processor.pixel_values([picture])[0]
+    assert torch.allclose(samples.pixels.normalised(sample.pixel_values)[1], expected, atol=1e-5)
+    assert sample.image_starts == [i for i in range(len(sample.input_ids)) if sample.input_ids[i:][:4] == RUN]
     assert samples[0].pixel_values is None
 
 

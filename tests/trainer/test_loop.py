@@ -1,7 +1,6 @@
 """The loop's arithmetic: one global batch has one gradient, however it is split."""
 
 import math
-from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -11,12 +10,13 @@ from common.distributed import Runtime
 from dataset import vlm_dataset
 from dataset.collate import StepDataset, StepSampler
 from dataset.pictures import open_image
+from dataset.pixels import Pixels
 from dataset.vlm_dataset import VLMDataset
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.processing_vlm import MiniMindVLMProcessor
 from trainer.arguments import TrainingFlags
 from trainer.batches import planned_steps
-from trainer.learner import MODEL_INPUTS, backward, model_inputs
+from trainer.learner import Learner, backward, model_inputs
 from trainer.loop import count, learning_rate
 from trainer.stage import set_trainable
 
@@ -31,8 +31,9 @@ def tiny_model(encoder, **config) -> MiniMindVLM:
 def gradients(model: MiniMindVLM, micro_batches: list[dict]) -> dict[str, torch.Tensor]:
     run = Runtime(torch.device("cpu"))
     model.zero_grad()
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    backward(model, micro_batches, count(micro_batches, run), nullcontext(), scaler, run)
+    flags = TrainingFlags(data_path=["x"], dtype="float32")
+    learner = Learner(model, flags, run, Pixels(model.processor))
+    backward(learner, micro_batches, count(micro_batches, run))
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -62,10 +63,10 @@ def test_packed_rows_give_the_logits_and_the_gradient_of_unpacked_ones(data, pro
     rows = [list(range(16))]
     (plain,), (packed,) = StepDataset(samples, 0)[rows], StepDataset(samples, 0, 700)[rows]
     assert len(packed["input_ids"]) < 16
-    assert plain["image_counts"].unique().tolist() == [0, 1, 2]
+    assert len(plain["picture_numbers"]) == 7 and len(plain["pixel_values"]) == 6
 
     def forward(batch):
-        return model(**{name: batch[name] for name in MODEL_INPUTS if name in batch})
+        return model(**model_inputs(batch, torch.device("cpu"), samples.pixels))
 
     with torch.no_grad():
         expected, found = forward(plain), forward(packed)
@@ -76,8 +77,8 @@ def test_packed_rows_give_the_logits_and_the_gradient_of_unpacked_ones(data, pro
         ids = packed["input_ids"][row, span]
         (same,) = (
             number
-            for number, mask in enumerate(plain["attention_mask"])
-            if torch.equal(plain["input_ids"][number, : int(mask.sum())], ids)
+            for number, tokens in enumerate(plain["sequence_ids"] >= 0)
+            if torch.equal(plain["input_ids"][number, : int(tokens.sum())], ids)
         )
         worst = (found.logits[row, span] - expected.logits[same, : len(span)]).abs().max()
         assert worst < 1e-4
@@ -107,16 +108,16 @@ def test_a_picture_of_several_rows_is_read_and_encoded_once(data, processor, mon
     )
     (batch,) = StepDataset(samples, 0, pack_length)[[list(range(8))]]
     # 1.png, 4.png and 7.png alone; 2.png and 5.png each with 0.png
-    assert len(opened) == len(set(opened)) == 6 and batch["image_counts"].sum() == 7
+    assert len(opened) == len(set(opened)) == 6 and len(batch["picture_numbers"]) == 7
     hook = model.vision_encoder.register_forward_pre_hook(
         lambda _, __, kwargs: encoded.append(len(kwargs["pixel_values"])), with_kwargs=True
     )
-    inputs = model_inputs(batch, torch.device("cpu"))
+    inputs = model_inputs(batch, torch.device("cpu"), samples.pixels)
     found = model(**inputs).loss.item()
     hook.remove()
     assert encoded == [6]
-    names = set(batch) & set(MODEL_INPUTS) - {"first_image"}
-    assert found == pytest.approx(model(**{name: batch[name] for name in names}).loss.item(), abs=1e-5)
+    inputs["pixel_values"] = inputs["pixel_values"][inputs.pop("picture_numbers")]
+    assert found == pytest.approx(model(**inputs).loss.item(), abs=1e-5)
 
 
 @pytest.mark.parametrize(
