@@ -12,6 +12,7 @@ from pathlib import Path
 
 from common.cli import CONTROLS, UserError, check_seed, flag, parse_flags, run_main, user_errors
 from common.distributed import Runtime, autocast, resolve_dtype, runtime
+from common.setup import place
 from common.weights import write_json
 from dataset.pictures import picture_name
 from dataset.rows import load_rows
@@ -116,7 +117,8 @@ def main() -> int:
             model, processor = load_vlm(weight, flags.vision_model_path, flags.tokenizer_path, flags.heads())
             dtype = str(resolve_dtype(flags.dtype, run.device)).removeprefix("torch.")
             log.info("%s on %s in %s", weight, run.device, dtype)
-            return Speaker(weight, model.to(run.device), processor)
+            place(model, run.device, flags.dtype, flags.encoder_dtype)
+            return Speaker(weight, model, processor)
 
         if flags.score:
             score_file(weights, load, questions, flags)

@@ -64,7 +64,7 @@ def main() -> int:
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS
     with runtime(flags.device, seed=int(time.time())) as run, own_temporary_folder():
         model_flags = flags.vision_model_path, flags.tokenizer_path, flags.heads()
-        demo = Demo(weight, run.device, flags.dtype, *model_flags)
+        demo = Demo(weight, run.device, (flags.dtype, flags.encoder_dtype), *model_flags)
         demo.model(weight)  # what is wrong with it is told here rather than in the page
         page = build_page(demo)
         page.queue(max_size=flags.max_queue)

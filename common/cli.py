@@ -69,6 +69,13 @@ class DeviceFlags:
     dtype: str = flag("auto", "precision of the forward pass; auto: bfloat16 where hardware has it", DTYPES)
 
 
+@dataclasses.dataclass
+class EncoderFlags:
+    """A flag of everything that runs a frozen image encoder."""
+
+    encoder_dtype: str = flag("auto", "precision of the image encoder; auto: that of --dtype", DTYPES)
+
+
 def check_seed(seed: int) -> None:
     """ValueError for a --seed that torch does not take."""
     if not 0 <= seed < 2**64:

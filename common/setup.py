@@ -4,10 +4,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from transformers import PreTrainedTokenizerBase
 
 from common.cli import UserError, user_errors
+from common.distributed import resolve_dtype
 from common.tokenizer import check_tokenizer
 from common.weights import SIZES, Sidecar, check_sizes, load_weights_file, read_sidecar
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
@@ -52,6 +54,14 @@ def build_lm(
     with user_errors():
         model = MiniMindForCausalLM(MiniMindConfig(**config | special_ids(tokenizer)))
     return model, MiniMindVLMProcessor(None, tokenizer)
+
+
+def place(model: MiniMindForCausalLM, device: torch.device, dtype: str, encoder_dtype: str = "auto") -> None:
+    """Moves a model to where it runs. Its weights stay in fp32, for autocast in `dtype`; the encoder's are in
+    `encoder_dtype`, which no autocast touches: auto means as `dtype`."""
+    model.to(device)
+    if encoder := getattr(model, "vision_encoder", None):
+        encoder.to(resolve_dtype(dtype if encoder_dtype == "auto" else encoder_dtype, device))
 
 
 def settings_of_base(path: Path, wanted: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -96,12 +96,15 @@ def describe(
     """The sidecar of a model's weights."""
     config = model.config.to_diff_dict()
     encoder = config.pop("vision_config", None)
+    if encoder:
+        dtype = str(model.vision_encoder.dtype).removeprefix("torch.")
+        encoder = {"path": arguments.get("vision_model_path"), "config": encoder, "dtype": dtype}
     return {
         "stage": stage,
         "step": step,
         "config": config | {name: getattr(model.config, name) for name in SIZES},
         "tokenizer": {"fingerprint": tokenizer_fingerprint(tokenizer), "path": tokenizer.name_or_path},
-        "encoder": {"path": arguments.get("vision_model_path"), "config": encoder} if encoder else None,
+        "encoder": encoder,
         "arguments": arguments,
         "versions": {library.__name__: library.__version__ for library in (torch, transformers, datasets)},
     }

@@ -10,14 +10,17 @@ import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from dataset.errors import DataError
 from dataset.files import write_atomically
 from dataset.pictures import PIXELS_VERSION, open_image, picture_digest, picture_name
+from dataset.pixels import Pixels
 from model.model_vlm import MiniMindVLM
 from model.processing_vlm import MiniMindVLMProcessor
 
@@ -36,12 +39,13 @@ class FeatureCache:
     def __init__(
         self, folder: Path, model: MiniMindVLM, processor: MiniMindVLMProcessor, dtype: str = "float16"
     ):
-        config = model.vision_encoder.config.to_dict()
-        fixed = {name: config[name] for name in config.keys() - VOLATILE}
+        encoder = model.vision_encoder
+        config = encoder.config.to_dict()
+        fixed = {name: config[name] for name in config.keys() - VOLATILE} | {"dtype": str(encoder.dtype)}
         settings = [PIXELS_VERSION, processor.image_processor.to_dict(), fixed]
         key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
         key.update(b"" if dtype == "float16" else dtype.encode())
-        for name, tensor in sorted(model.vision_encoder.state_dict().items()):
+        for name, tensor in sorted(encoder.state_dict().items()):
             key.update(name.encode())
             key.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         self.folder, self.dtype = folder / key.hexdigest()[:16], dtype
@@ -106,9 +110,10 @@ def encode_missing(
     items: Iterable[Item],
     rank: int = 0,
     world_size: int = 1,
+    **workers: Any,
 ) -> None:
     """Encodes this rank's share of the pictures that `cache` lacks; `check_complete` once all ranks are
-    through.
+    through. `workers` are a DataLoader's settings.
 
     DataError for a picture that cannot be read, OSError where the disk is too small.
     """
@@ -121,18 +126,42 @@ def encode_missing(
         raise OSError(f"{cache.folder}: features of {len(missing)} pictures {found}")
     # By digest, not by place in the list: another rank may already have shortened that.
     share = [entry for entry in missing if int(entry[0], 16) % world_size == rank]
+    pictures = _Batches(share, processor)
+    digests, features = [], []
     with tqdm(total=len(share), desc="encoding pictures", unit="image", disable=rank > 0 or not share) as bar:
-        for start in range(0, len(share), SHARD_IMAGES):
-            shard = share[start : start + SHARD_IMAGES]
-            features = []
-            for first in range(0, len(shard), BATCH_IMAGES):
-                batch = shard[first : first + BATCH_IMAGES]
-                pictures = [open_image(*item, processor.image_size) for _, item in batch]
-                pixel_values = processor.pixel_values(pictures).to(model.device)  # (images, 3, H, W)
-                encoded = model.get_image_embeddings(pixel_values, model.vision_encoder)
-                features.append(_to_stored(encoded.cpu(), cache.dtype))
-                bar.update(len(pictures))
-            cache.write_shard([digest for digest, _ in shard], np.concatenate(features))
+        for number, pixels in enumerate(DataLoader(pictures, batch_size=None, **workers)):
+            if isinstance(pixels, DataError):
+                raise pixels
+            pixel_values = pictures.pixels.normalised(pixels.to(model.device))  # (images, 3, H, W)
+            encoded = model.get_image_embeddings(pixel_values, model.vision_encoder)
+            features.append(_to_stored(encoded.cpu(), cache.dtype))
+            digests += [digest for digest, _ in pictures.entries(number)]
+            bar.update(len(pixels))
+            if len(digests) == SHARD_IMAGES or number == len(pictures) - 1:
+                cache.write_shard(digests, np.concatenate(features))
+                digests, features = [], []
+
+
+class _Batches(Dataset):
+    """The pictures of `share`, (digest, item) each, as pixels of BATCH_IMAGES at a time."""
+
+    def __init__(self, share: list[tuple[str, Item]], processor: MiniMindVLMProcessor):
+        self.share, self.size, self.pixels = share, processor.image_size, Pixels(processor.image_processor)
+
+    def __len__(self) -> int:
+        return -(-len(self.share) // BATCH_IMAGES)
+
+    def entries(self, number: int) -> list[tuple[str, Item]]:
+        return self.share[number * BATCH_IMAGES : (number + 1) * BATCH_IMAGES]
+
+    def __getitem__(self, number: int) -> torch.Tensor | DataError:
+        """(images, 3, H, W). A DataError is returned, not raised: a worker process would bury it."""
+        try:
+            return torch.stack(
+                [self.pixels(open_image(*item, self.size)) for _, item in self.entries(number)]
+            )
+        except DataError as error:
+            return error
 
 
 def _to_stored(features: torch.Tensor, dtype: str) -> np.ndarray:

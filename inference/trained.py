@@ -7,7 +7,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoImageProcessor
 
-from common.cli import DeviceFlags, UserError, flag, user_errors
+from common.cli import DeviceFlags, EncoderFlags, UserError, flag, user_errors
 from common.setup import ENCODERS, TOKENIZERS, build_vlm
 from common.tokenizer import check_tokenizer, load_tokenizer
 from common.weights import Sidecar, check_sizes, load_weights_file, published_weights, release_of
@@ -38,7 +38,7 @@ class WeightFlags:
 
 
 @dataclass
-class ModelFlags(WeightFlags, DeviceFlags):
+class ModelFlags(WeightFlags, EncoderFlags, DeviceFlags):
     """Flags of everything that asks a trained model."""
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
-from common.cli import DeviceFlags, check_seed, flag
+from common.cli import DeviceFlags, EncoderFlags, check_seed, flag
 from common.setup import ENCODERS, TOKENIZERS
 from common.weights import SIZES
 
@@ -107,7 +107,7 @@ class TrainingFlags(DeviceFlags):
 
 
 @dataclass
-class VLMTrainingFlags(TrainingFlags):
+class VLMTrainingFlags(TrainingFlags, EncoderFlags):
     """Flags of the stages that see."""
 
     images_path: str = resumable("", "folder that the rows' relative image paths start from")

@@ -1,6 +1,7 @@
 """What the loop reads: which rows make a step, and the loader that fetches them."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -38,9 +39,13 @@ def step_loader(samples: VLMDataset, sampler: StepSampler, flags: TrainingFlags,
     pad_token_id = samples.processor.tokenizer.pad_token_id
     layout = flags.max_seq_len if flags.pack else None, COMPILED_MULTIPLE if flags.compile else 1
     steps = StepDataset(samples, pad_token_id, *layout, skip_bad=flags.on_bad_sample == "skip")
-    pinned = run.device.type == "cuda"
-    workers = {"num_workers": flags.num_workers, "worker_init_fn": ignore_signals, "pin_memory": pinned}
     own = torch.Generator().manual_seed(flags.seed)  # so that a run's own generator is left alone
-    loader = DataLoader(steps, batch_size=None, sampler=sampler, generator=own, **workers)
+    settings = {"sampler": sampler, "generator": own, "pin_memory": run.device.type == "cuda"}
+    loader = DataLoader(steps, batch_size=None, **settings, **workers(flags))
     with signals_held():
         return iter(loader)
+
+
+def workers(flags: TrainingFlags) -> dict[str, Any]:
+    """The settings of a DataLoader that say which processes fetch."""
+    return {"num_workers": flags.num_workers, "worker_init_fn": ignore_signals}

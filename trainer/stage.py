@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from common import weights
 from common.cli import UsageError, UserError, user_errors
 from common.distributed import Runtime, explained, runtime
-from common.setup import ENCODERS, TOKENIZERS, build_lm, build_vlm, load_base, settings_of_base
+from common.setup import ENCODERS, TOKENIZERS, build_lm, build_vlm, load_base, place, settings_of_base
 from common.tokenizer import load_tokenizer
 from dataset.feature_cache import FeatureCache, encode_missing
 from dataset.files import sha256_of
@@ -23,7 +23,7 @@ from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.processing_vlm import MiniMindVLMProcessor
 from trainer import state
 from trainer.arguments import SIZE_FLAGS, TrainingFlags, VLMTrainingFlags
-from trainer.batches import planned_steps, step_sampler
+from trainer.batches import planned_steps, step_sampler, workers
 from trainer.loop import train
 from trainer.metrics import Metrics
 from trainer.trackers import open_tracker
@@ -63,7 +63,7 @@ def run_stage(flags: TrainingFlags, stage: str, bases: tuple[str, ...]) -> int:
             ways = "run the stage before, or give --from_weight PATH, or --from_weight none"
             raise UserError(f"no {missing} in {out_dir}: {ways}")
         model, processor = build_model(flags, config, base, tokenizer_asked)
-        model.to(run.device)
+        place(model, run.device, flags.dtype, getattr(flags, "encoder_dtype", "auto"))
         context = model, processor, flags, run
         samples = open_samples(flags.data_path, *context)
         settings = state.settings_of(flags, samples, run.world_size, base_digest)
@@ -217,7 +217,8 @@ def open_samples(
         with run.together(), user_errors("--cache_features"):
             folder, pictures = Path(flags.cache_features), samples.image_paths()
             samples.features = cache = FeatureCache(folder, model, processor, flags.cache_dtype)
-            encode_missing(cache, model, processor, pictures, run.rank, run.world_size)
+            share = run.rank, run.world_size
+            encode_missing(cache, model, processor, pictures, *share, **workers(flags))
         with user_errors("--cache_features"):
             samples.features.check_complete()
     return samples

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from common.cli import UserError
+from common.setup import place
 from inference.chat import Sampling
 from inference.trained import load_vlm
 from inference.web.conversation import Conversation, Refused, draw_attention, enlarged
@@ -31,9 +32,10 @@ WHOLE = -1  # in place of a token of the answer
 class Demo:
     """The models in memory, and what the page's events do with them."""
 
-    def __init__(self, first: str, device: torch.device, dtype: str, *model_flags: Any) -> None:
-        """`model_flags` are what `load_vlm` takes besides the first model's name."""
-        self.first, self.device, self.dtype, self.model_flags = first, device, dtype, model_flags
+    def __init__(self, first: str, device: torch.device, dtypes: tuple[str, str], *model_flags: Any) -> None:
+        """`dtypes` are --dtype and --encoder_dtype, `model_flags` what `load_vlm` takes besides the first
+        model's name."""
+        self.first, self.device, self.dtypes, self.model_flags = first, device, dtypes, model_flags
         self.loaded: OrderedDict[tuple[str, int], tuple[MiniMindVLM, MiniMindVLMProcessor]] = OrderedDict()
         self.answering = threading.Lock()  # the page lets go of an answer before it has really ended
         self.closing = threading.Event()
@@ -47,7 +49,8 @@ class Demo:
         key = weight, path.stat().st_mtime_ns if path.exists() else 0  # trained anew, it is loaded anew
         if key not in self.loaded:
             model, processor = load_vlm(weight, *(self.model_flags if weight == self.first else ()))
-            self.loaded[key] = model.to(self.device), processor
+            place(model, self.device, *self.dtypes)
+            self.loaded[key] = model, processor
         self.loaded.move_to_end(key)
         while len(self.loaded) > LOADED_MODELS:
             self.loaded.popitem(last=False)
@@ -77,7 +80,7 @@ class Demo:
                     raise Refused("refused", error=error) from None
                 model, processor = self.open_model(weight)
                 pieces = conversation.answer(
-                    model, processor, message["text"], message["files"], system, sampling, self.dtype
+                    model, processor, message["text"], message["files"], system, sampling, self.dtypes[0]
                 )
                 next(pieces)
             except Refused as refused:
@@ -126,7 +129,7 @@ class Demo:
         """Attention and its tokens."""
         say = speaker(request)
         try:
-            _, tokens = conversation.look(*self.open_model(conversation.weight or self.first), self.dtype)
+            _, tokens = conversation.look(*self.open_model(conversation.weight or self.first), self.dtypes[0])
         except Refused as refused:
             gr.Warning(say(refused.reason, **refused.details))
             return gr.skip(), gr.skip()

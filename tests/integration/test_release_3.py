@@ -98,6 +98,6 @@ def test_the_commands_of_the_readme_lead_to_a_model(hub, run, tmp_path, monkeypa
     assert learnt.keys() == published.keys()
     monkeypatch.chdir(tmp_path)
     for weight in ("out/sft_vlm_768.pth", "out/published/sft_vlm_768.pth", "out/minimind-v"):
-        model, processor = Demo(weight, torch.device("cpu"), "float32").model(weight)
+        model, processor = Demo(weight, torch.device("cpu"), ("float32", "auto")).model(weight)
         pixel_values = processor.pixel_values(["dataset/eval_images/photo_cat.jpg"])
         assert pixel_values.shape == (1, 3, 256, 256) and model.config.qk_norm

@@ -489,7 +489,7 @@ def test_an_example_that_is_none_is_refused(index, post):
 
 
 def demo_of(weight: Path, *paths: str) -> Demo:
-    return Demo(str(weight), torch.device("cpu"), "auto", *paths)
+    return Demo(str(weight), torch.device("cpu"), ("auto", "auto"), *paths)
 
 
 def test_examples_outlive_old_uploads(weight, monkeypatch):
