@@ -188,9 +188,8 @@ class MiniMindVLM(MiniMindForCausalLM):
         dataset/collate.py has them, nothing is looked for or checked: `image_features` are (images, P, W), or
         `pixel_values` (pictures, 3, H, W), of which `picture_numbers` (images,) tells which an image is.
         """
-        images, are_features = pixel_values, image_features is not None
-        if are_features:
-            images = image_features
+        are_features = image_features is not None
+        images = image_features if are_features else pixel_values
         if images is not None and (past_key_values is None or past_key_values.get_seq_length() == 0):
             if image_positions is None:
                 if not are_features:

@@ -87,13 +87,8 @@ class Learner:
             if event:
                 event.synchronize()  # the one place where the CPU waits for a GPU
             own, aux_loss, loss, norm, is_bad, mean, new_mean = told.tolist()
-            sums |= {
-                "loss": own,
-                "aux_loss": aux_loss,
-                "learnt_rows": sums["rows"],
-                "grad_norm": norm,
-                "bad": "",
-            }
+            sums |= {"loss": own, "aux_loss": aux_loss, "learnt_rows": sums["rows"]}
+            sums |= {"grad_norm": norm, "bad": ""}
             learnt = sums.pop("learnt_tokens")
             if is_bad:  # its numbers would spoil the means
                 sums |= {"loss": 0.0, "aux_loss": 0.0, "supervised_tokens": 0, "learnt_rows": 0}
