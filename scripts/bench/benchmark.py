@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -36,7 +35,7 @@ from published import PublishedVLM, work_as_published
 
 import dataset.collate
 from common.distributed import autocast, peak_memory_bytes, resolve_dtype, runtime
-from common.setup import TOKENIZERS, special_ids
+from common.setup import TOKENIZERS, place, special_ids
 from common.tokenizer import load_tokenizer
 from dataset.feature_cache import FeatureCache, encode_missing
 from dataset.vlm_dataset import VLMDataset
@@ -193,7 +192,9 @@ class Bench:
         dataset.collate.collate = self.counter
         kind = PublishedVLM if mode == "published" and stage != "inference" else MiniMindVLM
         model, self.processor = random_vlm(options, use_moe=stage == "moe", kind=kind)
-        self.model = model.to(run.device)
+        dtype = "float32" if mode == "published" else options.dtype
+        place(model, run.device, dtype)
+        self.model = model
         if mode == "published":
             work_as_published()
         if stage != "inference":
@@ -205,7 +206,7 @@ class Bench:
             batch_size=options.batch_size,
             learning_rate=1e-4,
             max_seq_len=LENGTHS[stage][0],
-            dtype="float32" if mode == "published" else options.dtype,
+            dtype=dtype,
             compile=options.compile and mode != "published",
             num_workers=0,  # on two cores a second process would take from what is measured
             log_interval=10**9,
@@ -252,8 +253,8 @@ class Bench:
         def nothing(*_: Any) -> None: ...
 
         checkpoints = SimpleNamespace(failure=None, save=nothing, wait=nothing)
-        metrics = SimpleNamespace(step=lambda _, **sums: steps.append(sums), report=nothing)
-        vars(metrics).update(failure=None, state=dict, paused=nullcontext)
+        metrics = SimpleNamespace(step=lambda **told: steps.append(told), report=nothing)
+        vars(metrics).update(failure=None, state=dict, paused=nullcontext, bad="")
         total_steps = planned_steps(step_sampler(samples, self.flags, self.run), self.flags)
         train(self.model, samples, None, self.flags, self.run, metrics, checkpoints, total_steps)
         return steps
@@ -261,6 +262,7 @@ class Bench:
     def samples(self, repeat: int) -> VLMDataset:
         path = self.folder / f"{self.stage}_{repeat}.jsonl"
         samples = VLMDataset([path], self.processor, self.flags.max_seq_len)
+        samples.pixels.are_bytes &= self.mode != "published"
         if self.mode == "cached":
             samples.features = FeatureCache(self.folder / "features", self.model, self.processor)
             encode_missing(samples.features, self.model, self.processor, samples.image_paths())
@@ -305,12 +307,8 @@ class CountingCollate:
     def __init__(self, length: int | None):
         self.length, self.collate, self.positions = length, dataset.collate.collate, 0
 
-    def __call__(self, *args: Any, **kwargs: Any) -> dict:
-        batch = self.collate(*args, **kwargs)
-        if self.length:
-            more = (0, self.length - batch["input_ids"].shape[1])
-            for name, fill in (("input_ids", 0), ("labels", -100), ("attention_mask", 0)):
-                batch[name] = F.pad(batch[name], more, value=fill)
+    def __call__(self, rows: list, pad: int, pack: int | None, multiple: int, tokens_per_image: int) -> dict:
+        batch = self.collate(rows, pad, pack, self.length or multiple, tokens_per_image)
         self.positions += batch["input_ids"].numel()
         return batch
 

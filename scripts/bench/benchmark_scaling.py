@@ -23,8 +23,8 @@ from common.distributed import Runtime, peak_memory_bytes
 from common.setup import TOKENIZERS
 from common.tokenizer import load_tokenizer
 from common.weights import half_state, save_weights
-from dataset.collate import StepDataset, StepSampler
-from dataset.vlm_dataset import VLMDataset
+from dataset.collate import StepDataset, StepSampler, collate
+from dataset.vlm_dataset import Sample, VLMDataset
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.processing_vlm import MiniMindVLMProcessor
 from trainer.arguments import TrainingFlags
@@ -92,13 +92,14 @@ def saving_cost(folder: str, hidden_size: int, layers: int) -> dict:
         Path(folder), 1, True, about, lambda state, _: save_weights(path, half_state(state), {})
     )
     input_ids = torch.randint(300, 6000, (4, 512))  # (B, T)
-    batch = {"input_ids": input_ids, "labels": input_ids, "supervised_tokens": 4 * 511, "tokens": 4 * 512}
-    batch |= {"rows": 4, "skipped": []}
+    rows = [Sample(ids, ids, where="random") for ids in input_ids.tolist()]
+    batch = collate(rows, 0) | {"rows": 4, "skipped": [], "where": []}
     totals = count([batch], run)
 
     def step() -> float:
         start = time.perf_counter()
         learner.step([batch], totals, 1e-5, progress)
+        list(learner.settle(progress))
         return time.perf_counter() - start
 
     plain = statistics.median([step() for _ in range(6)][1:])

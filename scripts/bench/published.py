@@ -19,13 +19,14 @@ def work_as_published() -> None:
 
 
 class PublishedVLM(MiniMindVLM):
-    def forward(self, labels=None, num_items_in_batch=None, skip_logits=False, **inputs):
+    def forward(self, label_positions, label_ids, num_items_in_batch, skip_logits=False, **inputs):
         """Logits and losses of all positions, whether or not they count."""
         output = super().forward(**inputs)
-        if labels is not None:
-            logits, targets = output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-            losses = F.cross_entropy(logits, targets.clamp(min=0), reduction="none")  # (B * (T - 1),)
-            output.loss = (losses * (targets != -100)).sum() / num_items_in_batch
+        logits = output.logits.flatten(0, 1)  # (B * T, V)
+        targets = torch.full_like(logits[:, 0], -100, dtype=torch.long)  # (B * T,)
+        targets[label_positions] = label_ids
+        losses = F.cross_entropy(logits, targets.clamp(min=0), reduction="none")  # (B * T,)
+        output.loss = (losses * (targets != -100)).sum() / num_items_in_batch
         return output
 
 

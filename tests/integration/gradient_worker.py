@@ -4,7 +4,6 @@ ranks computes it.
 Arguments: data folder, rows of a micro-batch, "dense" or "moe", file to write.
 """
 
-import contextlib
 import sys
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from common.tokenizer import load_tokenizer
 from dataset.collate import StepDataset, StepSampler
 from dataset.vlm_dataset import VLMDataset
 from trainer.arguments import TrainingFlags
-from trainer.learner import backward, distribute
+from trainer.learner import Learner, backward
 from trainer.loop import count
 from trainer.stage import set_trainable
 
@@ -25,7 +24,7 @@ ENCODER = "tests/golden/clip"
 
 def main(data: str, batch_size: int, kind: str, target: str) -> None:
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    flags = TrainingFlags(data_path=[f"{data}/dialogues.jsonl"])
+    flags = TrainingFlags(data_path=[f"{data}/dialogues.jsonl"], dtype="float32")
     with runtime("cpu", 0) as run:
         model, processor = build_vlm(
             sizes | {"use_moe": kind == "moe"}, ENCODER, load_tokenizer("model/tokenizer")
@@ -36,9 +35,7 @@ def main(data: str, batch_size: int, kind: str, target: str) -> None:
         sampler = StepSampler(samples.lengths(), batch_size, 1, run.rank, run.world_size)
         (step,) = list(sampler)
         micro_batches = StepDataset(samples, 0)[step]
-        forward = distribute(model.train(), flags, run)
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
-        backward(forward, micro_batches, count(micro_batches, run), contextlib.nullcontext(), scaler, run)
+        backward(Learner(model.train(), flags, run, samples.pixels), micro_batches, count(micro_batches, run))
         if run.is_main:
             grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
             with Path(target).open("wb") as file:
