@@ -369,7 +369,7 @@ def plot(report: dict, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for place, mode in enumerate(MODES):
+    for number, mode in enumerate(MODES):
         found = [(i, s[mode]["ratio"]) for i, s in enumerate(report["stages"].values()) if mode in s]
         heights = [statistics.median(ratios) for _, ratios in found]
         whiskers = [
@@ -377,7 +377,7 @@ def plot(report: dict, path: Path) -> None:
             [max(r) - h for h, (_, r) in zip(heights, found, strict=True)],
         ]
         axes.bar(
-            [i + 0.27 * (place - 1) for i, _ in found], heights, 0.25, yerr=whiskers, label=mode, capsize=3
+            [i + 0.27 * (number - 1) for i, _ in found], heights, 0.25, yerr=whiskers, label=mode, capsize=3
         )
     axes.set_xticks(range(len(report["stages"])), list(report["stages"]))
     axes.set_ylabel("speed, published = 1")
