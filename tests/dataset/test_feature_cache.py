@@ -1,12 +1,13 @@
 """Features on disk: equal to the encoder's, made once, noticed when picture or encoder change."""
 
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY_ENCODER
 
-from common.setup import build_vlm
+from common.setup import build_vlm, place
 from dataset.collate import StepDataset
 from dataset.errors import DataError
 from dataset.feature_cache import FeatureCache, _to_stored, encode_missing
@@ -148,3 +149,28 @@ def test_tokens_of_zeros_and_outliers_survive_int8():
     found = stored["values"] * stored["scales"][..., None].astype("float32")
     assert abs(found - features.numpy()).max() < 0.5 and (found[0, 0] == 0).all()
     assert found[0, 1, 0] == pytest.approx(1000, rel=1e-3)
+
+
+def test_workers_open_the_pictures(tmp_path, vlm, items):
+    alone = filled(tmp_path / "alone", vlm, items)
+    helped = FeatureCache(tmp_path / "helped", *vlm)
+    encode_missing(helped, *vlm, items, num_workers=2)
+    helped.check_complete()
+    assert all(torch.equal(helped[path], alone[path]) for path, _ in items)
+    Path(items[3][0]).write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"rows.jsonl:3: cannot read image \S+3.png \(not a picture"):
+        encode_missing(FeatureCache(tmp_path / "other", *vlm), *vlm, items, num_workers=2)
+
+
+def test_an_encoder_of_another_precision_has_features_of_its_own(tmp_path, tokenizer, items):
+    folders, features = set(), []
+    for encoder_dtype in ("float32", "bfloat16"):
+        model, processor = build_vlm(SIZES, str(TINY_ENCODER), tokenizer)
+        place(model, torch.device("cpu"), "float32", encoder_dtype)
+        assert model.dtype == torch.float32 and model.vision_encoder.dtype == getattr(torch, encoder_dtype)
+        cache = filled(tmp_path, (model, processor), items)
+        folders.add(cache.folder)
+        features.append(torch.stack([cache[path] for path, _ in items]).float())
+    assert len(folders) == 2
+    exact, rounded = features
+    assert 0 < (exact - rounded).norm() / exact.norm() < 0.02

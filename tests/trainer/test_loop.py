@@ -13,12 +13,13 @@ from dataset.pictures import open_image
 from dataset.pixels import Pixels
 from dataset.vlm_dataset import VLMDataset
 from model.model_vlm import MiniMindVLM, VLMConfig
-from model.processing_vlm import MiniMindVLMProcessor
+from model.processing_vlm import MiniMindVLMProcessor, image_slots
 from trainer.arguments import TrainingFlags
 from trainer.batches import planned_steps
 from trainer.learner import Learner, backward, model_inputs
 from trainer.loop import count, learning_rate
 from trainer.stage import set_trainable
+from trainer.state import Progress
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 
@@ -118,6 +119,50 @@ def test_a_picture_of_several_rows_is_read_and_encoded_once(data, processor, mon
     assert encoded == [6]
     inputs["pixel_values"] = inputs["pixel_values"][inputs.pop("picture_numbers")]
     assert found == pytest.approx(model(**inputs).loss.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("config", [{}, {"use_moe": True}], ids=["dense", "moe"])
+def test_what_a_batch_tells_is_what_the_model_would_find(data, processor, config):
+    from conftest import TINY_ENCODER
+
+    model = tiny_model(TINY_ENCODER, **config)
+    full = MiniMindVLMProcessor(processor.image_processor, processor.tokenizer, tokens_per_image=196)
+    samples = VLMDataset([data / "dialogues.jsonl"], full, 1024, data / "images")
+    (batch,) = StepDataset(samples, 0)[[list(range(8))]]
+    told = model(**model_inputs(batch, torch.device("cpu"), samples.pixels))
+    shown = [samples[i].pixel_values for i in range(8)]
+    counts = torch.tensor([0 if pictures is None else len(pictures) for pictures in shown])
+    pixels = samples.pixels.normalised(torch.cat([pictures for pictures in shown if pictures is not None]))
+    images = {"pixel_values": image_slots(pixels, counts), "image_counts": counts}
+    mask = (batch["sequence_ids"] >= 0).long()
+    found = model(batch["input_ids"], mask, labels=batch["labels"], **images)
+    assert told.loss.item() == pytest.approx(found.loss.item(), abs=1e-6)
+    assert told.aux_loss.item() == pytest.approx(found.aux_loss.item(), abs=1e-7)
+    assert torch.allclose(told.logits[mask.bool()], found.logits[mask.bool()], atol=1e-5)
+
+
+def test_a_step_is_told_while_the_next_one_runs(data, processor):
+    samples = VLMDataset([data / "texts.jsonl"], processor, 64)
+    (batch,) = StepDataset(samples, 0)[[[0, 1, 2]]]
+    broken = batch | {"label_ids": batch["label_ids"].clone(), "where": ["broken"]}
+    run, flags = Runtime(torch.device("cpu")), TrainingFlags(data_path=["x"], dtype="float32", loss_spike=1.5)
+    learner = Learner(tiny_model(None), flags, run)
+    progress, told = Progress(), []
+    for number in range(4):
+        with torch.no_grad():  # the third step has a loss that is far too high
+            learner.model.lm_head.weight.mul_({2: 500, 3: 1 / 500}.get(number, 1))
+        before = learner.model.model.norm.weight.clone()
+        step = [broken if number == 2 else batch]
+        learner.step(step, count(step, run), 1e-3, progress)
+        assert torch.equal(before, learner.model.model.norm.weight) == (number == 2)
+        told += learner.settle(progress, running=1)
+        assert (len(told), progress.step) == (number, number + 1)
+    told += learner.settle(progress)
+    assert [sums["step"] for sums in told] == [1, 2, 3, 4]
+    assert [bool(sums["bad"]) for sums in told] == [False, False, True, False]
+    assert "times its mean" in told[2]["bad"] and told[2]["where"] == ["broken"]
+    assert (progress.bad_steps, progress.bad_in_a_row) == (1, 0)
+    assert progress.learnt_tokens == 3 * batch["supervised_tokens"]
 
 
 @pytest.mark.parametrize(
