@@ -403,7 +403,7 @@ class MoE(nn.Module):
         """Tokens (N, C), choices and weights (N, k) -> (N, C): one gather, the experts, back."""
         k = choices.shape[1]
         order = choices.flatten().argsort(stable=True)  # (N * k,), choices sorted by expert
-        counts = choices.flatten().bincount(minlength=len(self.experts))  # (E,)
+        counts = F.one_hot(choices.flatten(), len(self.experts)).sum(0)  # (E,); bincount would stop a GPU
         gathered = tokens.index_select(0, order // k)  # (N * k, C)
         run = self._grouped_experts if has_grouped_matmul(gathered) else self._sliced_experts
         outputs = run(gathered, counts).index_select(0, order.argsort())  # back in the tokens' order
