@@ -7,7 +7,7 @@ Shapes: B rows, N most images of a row, P placeholder tokens per image, T tokens
 
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -48,6 +48,7 @@ class MiniMindVLMProcessor(ProcessorMixin):
             super().__init__(image_processor, tokenizer, chat_template=chat_template)
         self.placeholder = PLACEHOLDERS[PLACEHOLDERS[0] not in tokenizer.added_tokens_encoder]
         self.placeholder_id = tokenizer.convert_tokens_to_ids(self.placeholder)
+        self.images_apart: bool | None = None  # not known yet
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
@@ -229,10 +230,23 @@ class MiniMindVLMProcessor(ProcessorMixin):
         encode = (partial(tokenizer.encode, add_special_tokens=False), tokenizer._encode_without_added_tokens)
         for span, is_learnt in self._spans(rendered.split(answer), learnt):
             for i, text in enumerate(span.split(literal)):
-                ids = encode[i % 2](text) if text else []
+                ids = self._ids(text, encode[i % 2])
                 input_ids += ids
                 labels += ids if is_learnt else [IGNORE_INDEX] * len(ids)
         return input_ids, labels
+
+    def _ids(self, text: str, encode: Callable[[str], list[int]]) -> list[int]:
+        """Of text with placeholders. These take a tokenizer longer than all the rest, so that they are put in
+        afterwards where its ids show that it is the same."""
+        image, probe = [self.placeholder_id] * self.tokens_per_image, "a?  \n\n"
+        run = self.placeholder * self.tokens_per_image
+        if self.images_apart is None:
+            around = self.tokenizer.encode(probe, add_special_tokens=False)
+            whole = self.tokenizer.encode(probe + run + probe, add_special_tokens=False)
+            self.images_apart = whole == around + image + around
+        parts = text.split(run) if self.images_apart else [text]
+        first, *rest = [encode(part) if part else [] for part in parts]
+        return [*first, *itertools.chain.from_iterable(image + part for part in rest)]
 
     def _answer(self, text: str) -> list[tuple[str, str, bool]]:
         """An assistant turn's parts, with what stands before each, and whether another follows: reasoning, if
