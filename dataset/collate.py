@@ -136,21 +136,15 @@ class StepDataset(Dataset):
 
 
 def collate(
-    samples: list[Sample],
-    pad_token_id: int,
-    pack_length: int | None = None,
-    length_multiple: int = 1,
-    tokens_per_image: int = 0,
+    samples: list[Sample], pad_token_id: int, pack_length=None, length_multiple=1, tokens_per_image=0
 ) -> dict:
-    """Right-padded tensors, T a multiple of `length_multiple`, and what the model would have to look for in
-    them, which stops a GPU: all that is known here is told.
+    """Right-padded int64 tensors, T a multiple of `length_multiple`, and what to look for would stop a GPU.
 
-    input_ids, labels, sequence_ids (B, T) int64, the last one -1 for padding, else the number of the token's
-    sequence in its row; their largest number + 1 as `sequences`; the flat positions in B * T whose next label
-    counts, label_positions, and those labels, label_ids (N,) int64. Where a row has images, image_positions
-    (images * P,) int64, the flat positions of their placeholders, with either image_features (images, P, W)
-    or pixel_values (pictures, ...), each picture once, and picture_numbers (images,) int64 to tell which an
-    image is. The counts `supervised_tokens` (labels that count) and `tokens` (no padding).
+    input_ids, labels, sequence_ids (B, T), the last one the number of a token's sequence in its row, -1 for
+    padding; `sequences`, their most; label_positions, flat in B * T, whose next label counts, and these,
+    label_ids (N,). Where a row has images, image_positions (images * P,), flat, of their placeholders, with
+    either image_features (images, P, W) or pixel_values (pictures, ...), each picture once, and
+    picture_numbers (images,), which of them an image is. The counts `supervised_tokens` and `tokens`.
 
     With `pack_length`, several samples may share a row of at most that many tokens. Where they do, there are
     position_ids (B, T) as well, which begin at 0 in each sequence.
@@ -195,8 +189,7 @@ def collate(
         return batch | {"image_features": torch.cat([sample.image_features for sample in ordered])}
     shown = [pair for each in ordered for pair in zip(each.images, each.pixel_values, strict=True)]
     pictures = dict(shown)  # in the order in which they come first
-    places = {path: number for number, path in enumerate(pictures)}
-    batch["picture_numbers"] = torch.tensor([places[path] for path, _ in shown])
+    batch["picture_numbers"] = torch.tensor([[*pictures].index(path) for path, _ in shown])
     return batch | {"pixel_values": torch.stack([*pictures.values()])}
 
 

@@ -9,12 +9,13 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dataset.errors import DataError
@@ -39,8 +40,7 @@ class FeatureCache:
     def __init__(
         self, folder: Path, model: MiniMindVLM, processor: MiniMindVLMProcessor, dtype: str = "float16"
     ):
-        encoder = model.vision_encoder
-        config = encoder.config.to_dict()
+        encoder, config = model.vision_encoder, model.vision_encoder.config.to_dict()
         fixed = {name: config[name] for name in config.keys() - VOLATILE} | {"dtype": str(encoder.dtype)}
         settings = [PIXELS_VERSION, processor.image_processor.to_dict(), fixed]
         key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
@@ -126,42 +126,34 @@ def encode_missing(
         raise OSError(f"{cache.folder}: features of {len(missing)} pictures {found}")
     # By digest, not by place in the list: another rank may already have shortened that.
     share = [entry for entry in missing if int(entry[0], 16) % world_size == rank]
-    pictures = _Batches(share, processor)
+    pixels = Pixels(processor.image_processor)
+    workers["collate_fn"] = partial(_opened, pixels=pixels, image_size=processor.image_size)
     digests, features = [], []
     with tqdm(total=len(share), desc="encoding pictures", unit="image", disable=rank > 0 or not share) as bar:
-        for number, pixels in enumerate(DataLoader(pictures, batch_size=None, **workers)):
-            if isinstance(pixels, DataError):
-                raise pixels
-            pixel_values = pictures.pixels.normalised(pixels.to(model.device))  # (images, 3, H, W)
+        for more, pictures in DataLoader(share, BATCH_IMAGES, **workers):
+            if isinstance(pictures, DataError):
+                raise pictures
+            pixel_values = pixels.normalised(pictures.to(model.device))  # (images, 3, H, W)
             encoded = model.get_image_embeddings(pixel_values, model.vision_encoder)
             features.append(_to_stored(encoded.cpu(), cache.dtype))
-            digests += [digest for digest, _ in pictures.entries(number)]
-            bar.update(len(pixels))
-            if len(digests) == SHARD_IMAGES or number == len(pictures) - 1:
+            digests += more
+            bar.update(len(more))
+            if len(digests) == SHARD_IMAGES:
                 cache.write_shard(digests, np.concatenate(features))
                 digests, features = [], []
+    if digests:
+        cache.write_shard(digests, np.concatenate(features))
 
 
-class _Batches(Dataset):
-    """The pictures of `share`, (digest, item) each, as pixels of BATCH_IMAGES at a time."""
-
-    def __init__(self, share: list[tuple[str, Item]], processor: MiniMindVLMProcessor):
-        self.share, self.size, self.pixels = share, processor.image_size, Pixels(processor.image_processor)
-
-    def __len__(self) -> int:
-        return -(-len(self.share) // BATCH_IMAGES)
-
-    def entries(self, number: int) -> list[tuple[str, Item]]:
-        return self.share[number * BATCH_IMAGES : (number + 1) * BATCH_IMAGES]
-
-    def __getitem__(self, number: int) -> torch.Tensor | DataError:
-        """(images, 3, H, W). A DataError is returned, not raised: a worker process would bury it."""
-        try:
-            return torch.stack(
-                [self.pixels(open_image(*item, self.size)) for _, item in self.entries(number)]
-            )
-        except DataError as error:
-            return error
+def _opened(
+    entries: list[tuple[str, Item]], pixels: Pixels, image_size: int | None
+) -> tuple[list[str], torch.Tensor | DataError]:
+    """Digests and pictures (images, 3, H, W). A DataError is not raised: a worker process would bury it."""
+    digests = [digest for digest, _ in entries]
+    try:
+        return digests, torch.stack([pixels(open_image(*item, image_size)) for _, item in entries])
+    except DataError as error:
+        return digests, error
 
 
 def _to_stored(features: torch.Tensor, dtype: str) -> np.ndarray:

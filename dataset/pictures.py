@@ -2,8 +2,7 @@
 
 A row of the table names a picture by its path, or by its place in the store, "\\0{offset}:{length}", which no
 path can be. Everywhere else a picture is one string: a path, or the store's path and the place. Its bytes are
-read when it is opened: a map of the store would count as memory of each process.
-How a picture is decoded is model/pictures.py's, which travels with exports.
+read when it is opened: a map would count as memory of each process. Decoding is model/pictures.py's.
 """
 
 import hashlib

@@ -16,7 +16,6 @@ log = logging.getLogger(__name__)
 TOLERANCE = 1e-5  # between an image processor's values and ours
 KNOWN = {"do_convert_rgb", "do_resize", "do_center_crop", "do_rescale", "do_normalize"}
 SIZES = (set(), {"shortest_edge"}, {"height", "width"})
-ZEROS, ONES = [0.0] * 3, [1.0] * 3
 
 
 class Pixels:
@@ -31,13 +30,13 @@ class Pixels:
         self.crop = dict(given["crop_size"]) if "do_center_crop" in steps else {}
         self.resample = given.get("resample")
         self.scale = given["rescale_factor"] if "do_rescale" in steps else 1.0
-        is_normed = "do_normalize" in steps
-        self.mean, self.std = (given["image_mean"], given["image_std"]) if is_normed else (ZEROS, ONES)
+        given |= {} if "do_normalize" in steps else {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
+        self.mean_std = given["image_mean"], given["image_std"]
         self.are_bytes = steps <= KNOWN and self.size.keys() in SIZES
         self.are_bytes = self.are_bytes and all(map(self._is_alike, ((64, 48), (48, 65))))
         if not self.are_bytes:
-            kind = type(image_processor).__name__
-            log.info("%s does more than resize, crop, scale and normalise: it works in floats", kind)
+            name = type(image_processor).__name__
+            log.info("%s does more than resize, crop, scale and normalise: it works in floats", name)
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """(3, H, W) of an RGB picture: uint8 for `normalised`, or what the image processor makes of it."""
@@ -64,11 +63,11 @@ class Pixels:
     @lru_cache  # noqa: B019
     def _constants(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """(3, 1, 1) each; kept, as copying them again would stop a GPU's queue."""
-        return tuple(torch.tensor(value, device=device).view(3, 1, 1) for value in (self.mean, self.std))
+        return tuple(torch.tensor(value, device=device).view(3, 1, 1) for value in self.mean_std)
 
     def _is_alike(self, size: tuple[int, int]) -> bool:
         """Whether both halves give what the image processor gives, for a picture of noise."""
-        noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        noise = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
         image = Image.fromarray(noise)
         expected = self.image_processor(image, return_tensors="pt")["pixel_values"]  # (1, 3, H, W)
         found = self.normalised(self(image)[None])

@@ -111,8 +111,7 @@ class VLMDataset(Dataset):
         return found
 
     def _sample(self, row: dict, pictures: dict[str, torch.Tensor]) -> Sample:
-        input_ids, labels = self._encode(row)
-        tokens = self.processor.tokens_per_image
+        (input_ids, labels), tokens = self._encode(row), self.processor.tokens_per_image
         starts = image_starts(input_ids, self.processor.placeholder_id, tokens)
         if len(starts) != (given := len(row["images"])):
             raise DataError(f"{row['where']}: {len(starts)} runs of placeholders, but {given} images")

@@ -172,12 +172,10 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
             targets = following[positions]
         only_loss = positions is not None and args.get("skip_logits", False)
         loss = logits = None
-        told = {name: args[name] for name in ("sequence_ids", "sequences") if name in args}
-        told["output_attentions"] = args.get("output_attentions", self.config.output_attentions)
-        told["positions"] = positions if only_loss else None
-        hidden, aux_loss = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **told
-        )
+        weights = args.get("output_attentions", self.config.output_attentions)
+        told = positions if only_loss else None, weights, args.get("sequence_ids"), args.get("sequences", 1)
+        given = input_ids, attention_mask, position_ids, past_key_values, inputs_embeds
+        hidden, aux_loss = self.model(*given, *told)
         if positions is not None:
             supervised = hidden if only_loss else select(hidden, positions)  # (supervised, C)
             items = args.get("num_items_in_batch")
@@ -236,10 +234,9 @@ class MiniMindModel(nn.Module):
         if isinstance(past, int) and past + length > self.config.max_position_embeddings:
             limit = self.config.max_position_embeddings
             raise ValueError(f"the input has {past + length} tokens, but max_position_embeddings is {limit}")
-        if sequence_ids is None:
-            mask, members = self._masks(hidden, attention_mask, position_ids, past_key_values)
-        else:
-            mask, members = sequence_masks(sequence_ids, sequences)
+        given = attention_mask, position_ids, past_key_values
+        is_told = sequence_ids is not None
+        mask, members = sequence_masks(sequence_ids, sequences) if is_told else self._masks(hidden, *given)
         if position_ids is None:
             if attention_mask is not None and attention_mask.dim() == 2:
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]  # (B, T)

@@ -184,9 +184,9 @@ class MiniMindVLM(MiniMindForCausalLM):
         Images are read only where the cache is empty. Without images nothing is replaced. ValueError where
         runs of placeholders and images disagree.
 
-        With `image_positions` (images * P,), the flat positions of all placeholders, as a batch of
-        dataset/collate.py has them, nothing is looked for or checked: `image_features` are (images, P, W), or
-        `pixel_values` (pictures, 3, H, W), of which `picture_numbers` (images,) tells which an image is.
+        With the flat `image_positions` (images * P,) that dataset/collate.py tells nothing is looked for or
+        checked: `image_features` are (images, P, W), or `pixel_values` (pictures, 3, H, W), of which
+        `picture_numbers` (images,) tells which an image is.
         """
         are_features = image_features is not None
         images = image_features if are_features else pixel_values

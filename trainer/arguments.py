@@ -15,7 +15,6 @@ from common.weights import SIZES
 
 ROW_FILES = "JSONL, JSON or Parquet files, folders of them, or hf://datasets/OWNER/NAME"
 TRAINABLE = ("proj", "proj_first_last", "proj_last", "proj_attn", "proj_llm")
-CACHE_DTYPES = ("float16", "int8")
 TRACKERS = ("tensorboard", "wandb", "swanlab", "trackio", "none")
 SIZE_FLAGS = [name for name in SIZES if name != "vocab_size"]  # that is the tokenizer's to say
 FOLLOWS = "; if not given: the base's, {} without a base"
@@ -115,5 +114,5 @@ class VLMTrainingFlags(TrainingFlags, EncoderFlags):
     vision_model_path: str | None = flag(None, "folder of the image encoder" + FOLLOWS.format(ENCODERS[2]))
     cache_features: str | None = resumable(None, "folder for encoder outputs: encode each image once")
     cache_dtype: str = flag(
-        "float16", "precision in --cache_features; int8, scaled for each token, halves the disk", CACHE_DTYPES
+        "float16", "precision in --cache_features; int8 halves the disk, scaled by token", ("float16", "int8")
     )

@@ -1,7 +1,6 @@
 """What the loop reads: which rows make a step, and the loader that fetches them."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -41,11 +40,7 @@ def step_loader(samples: VLMDataset, sampler: StepSampler, flags: TrainingFlags,
     steps = StepDataset(samples, pad_token_id, *layout, skip_bad=flags.on_bad_sample == "skip")
     own = torch.Generator().manual_seed(flags.seed)  # so that a run's own generator is left alone
     settings = {"sampler": sampler, "generator": own, "pin_memory": run.device.type == "cuda"}
-    loader = DataLoader(steps, batch_size=None, **settings, **workers(flags))
+    workers = {"num_workers": flags.num_workers, "worker_init_fn": ignore_signals}
+    loader = DataLoader(steps, batch_size=None, **settings, **workers)
     with signals_held():
         return iter(loader)
-
-
-def workers(flags: TrainingFlags) -> dict[str, Any]:
-    """The settings of a DataLoader that say which processes fetch."""
-    return {"num_workers": flags.num_workers, "worker_init_fn": ignore_signals}

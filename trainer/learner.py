@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common.cli import user_errors
@@ -32,9 +33,7 @@ SPIKE_MEMORY = 0.98  # of the running mean that --loss_spike compares with
 class Learner:
     """Model, optimizer and scaler of a run: takes steps, and can be saved and restored in between."""
 
-    def __init__(
-        self, model: torch.nn.Module, flags: TrainingFlags, runtime: Runtime, pixels: Pixels | None = None
-    ):
+    def __init__(self, model: nn.Module, flags: TrainingFlags, runtime: Runtime, pixels: Pixels | None):
         self.model, self.flags, self.runtime, self.pixels = model, flags, runtime, pixels
         self.autocast = autocast(flags.dtype, runtime.device)
         half = resolve_dtype(flags.dtype, runtime.device) == torch.float16
@@ -54,7 +53,7 @@ class Learner:
             group["lr"] = rate
         sums = backward(self, micro_batches, totals)
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.learning, self.flags.grad_clip or math.inf)  # on all ranks
+        norm = nn.utils.clip_grad_norm_(self.learning, self.flags.grad_clip or math.inf)  # on all ranks
         tokens, mean = totals["supervised_tokens"], self.mean_loss
         own = sums.pop("loss").to(mean.dtype)
         loss = self.runtime.gather(own[None] / max(tokens, 1)).sum()
@@ -87,13 +86,12 @@ class Learner:
             if event:
                 event.synchronize()  # the one place where the CPU waits for a GPU
             own, aux_loss, loss, norm, is_bad, mean, new_mean = told.tolist()
-            sums |= {"loss": own, "aux_loss": aux_loss, "learnt_rows": sums["rows"]}
-            sums |= {"grad_norm": norm, "bad": ""}
+            sums |= {"loss": own, "aux_loss": aux_loss, "grad_norm": norm, "bad": ""}
+            sums["learnt_rows"] = sums["rows"]
             learnt = sums.pop("learnt_tokens")
             if is_bad:  # its numbers would spoil the means
                 sums |= {"loss": 0.0, "aux_loss": 0.0, "supervised_tokens": 0, "learnt_rows": 0}
-                limit = self.flags.loss_spike or math.inf
-                spike = f"loss {loss:.4g} is above {limit:g} times its mean {mean:.4g}"
+                spike = f"loss {loss:.4g} is above {self.flags.loss_spike or 0:g} times its mean {mean:.4g}"
                 is_finite = math.isfinite(loss) and math.isfinite(norm)
                 sums["bad"] = spike if is_finite else f"loss {loss:.4g}, gradient norm {norm:.4g}"
             elif learnt:
@@ -123,8 +121,7 @@ class Learner:
         if self.runtime.rank < len(state["generators"]):
             set_generator_states(state["generators"][self.runtime.rank], self.runtime.device)
         progress = Progress(**state["progress"])
-        if progress.mean_loss is not None:
-            self.mean_loss.fill_(progress.mean_loss)
+        self.mean_loss.fill_(math.nan if progress.mean_loss is None else progress.mean_loss)
         return progress
 
 
@@ -160,7 +157,7 @@ def model_inputs(batch: dict, device: torch.device, pixels: Pixels | None) -> di
     return inputs | {"sequences": batch["sequences"]}
 
 
-def distribute(model: torch.nn.Module, flags: TrainingFlags, runtime: Runtime) -> torch.nn.Module:
+def distribute(model: nn.Module, flags: TrainingFlags, runtime: Runtime) -> nn.Module:
     """The callable that trains: compiled if asked for, under DDP where there are several ranks."""
     if flags.compile:
         # Block by block: they share one compilation, and what depends on the data (images, masks, loss) stays

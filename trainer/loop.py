@@ -86,7 +86,7 @@ def train(
             learner.step(micro_batches, totals, rate, progress)
             done = progress.step == total_steps
             intervals = flags.log_interval, flags.eval_interval, flags.save_interval
-            is_due = done or any(progress.step % interval == 0 for interval in intervals)
+            is_due = done or 0 in [progress.step % interval for interval in intervals]
             settle(running=0 if is_due or totals["save"] or totals["stop_code"] else 1)
             if progress.bad_in_a_row >= flags.max_bad_steps:  # the step that still runs may be the last
                 settle()

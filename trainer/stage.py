@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from common import weights
 from common.cli import UsageError, UserError, user_errors
-from common.distributed import Runtime, explained, runtime
+from common.distributed import Runtime, explained, ignore_signals, runtime
 from common.setup import ENCODERS, TOKENIZERS, build_lm, build_vlm, load_base, place, settings_of_base
 from common.tokenizer import load_tokenizer
 from dataset.feature_cache import FeatureCache, encode_missing
@@ -23,7 +23,7 @@ from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.processing_vlm import MiniMindVLMProcessor
 from trainer import state
 from trainer.arguments import SIZE_FLAGS, TrainingFlags, VLMTrainingFlags
-from trainer.batches import planned_steps, step_sampler, workers
+from trainer.batches import planned_steps, step_sampler
 from trainer.loop import train
 from trainer.metrics import Metrics
 from trainer.trackers import open_tracker
@@ -217,8 +217,8 @@ def open_samples(
         with run.together(), user_errors("--cache_features"):
             folder, pictures = Path(flags.cache_features), samples.image_paths()
             samples.features = cache = FeatureCache(folder, model, processor, flags.cache_dtype)
-            share = run.rank, run.world_size
-            encode_missing(cache, model, processor, pictures, *share, **workers(flags))
+            workers = {"num_workers": flags.num_workers, "worker_init_fn": ignore_signals}
+            encode_missing(cache, model, processor, pictures, run.rank, run.world_size, **workers)
         with user_errors("--cache_features"):
             samples.features.check_complete()
     return samples

@@ -85,7 +85,7 @@ def saving_cost(folder: str, hidden_size: int, layers: int) -> dict:
     model = MiniMindForCausalLM(MiniMindConfig(hidden_size=hidden_size, num_hidden_layers=layers)).train()
     run = Runtime(torch.device("cpu"))
     flags = TrainingFlags(data_path=["-"], dtype="float32")
-    learner, progress = Learner(model, flags, run), Progress()
+    learner, progress = Learner(model, flags, run, None), Progress()
     path = Path(folder) / "model.pth"
     about = {"settings": {}, "run_id": ""}
     checkpoints = Checkpoints(

@@ -146,7 +146,7 @@ def test_a_step_is_told_while_the_next_one_runs(data, processor):
     (batch,) = StepDataset(samples, 0)[[[0, 1, 2]]]
     broken = batch | {"label_ids": batch["label_ids"].clone(), "where": ["broken"]}
     run, flags = Runtime(torch.device("cpu")), TrainingFlags(data_path=["x"], dtype="float32", loss_spike=1.5)
-    learner = Learner(tiny_model(None), flags, run)
+    learner = Learner(tiny_model(None), flags, run, None)
     progress, told = Progress(), []
     for number in range(4):
         with torch.no_grad():  # the third step has a loss that is far too high

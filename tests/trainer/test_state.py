@@ -108,11 +108,14 @@ def test_fp16_scale_is_part_of_the_state(data, tmp_path, processor):
     model = MiniMindVLM(VLMConfig(**SIZES), TINY_ENCODER)
     set_trainable(model, "proj_llm")
     for dtype, scale in (("float16", 8.0), ("float32", 1.0)):
-        learner = Learner(model, VLMTrainingFlags(data_path=["x"], dtype=dtype), Runtime(torch.device("cpu")))
+        learner = Learner(
+            model, VLMTrainingFlags(data_path=["x"], dtype=dtype), Runtime(torch.device("cpu")), None
+        )
         learner.restore(state)
         assert learner.scaler.get_scale() == scale
     state["scaler"] = {}  # of a device without fp16
-    learner = Learner(model, VLMTrainingFlags(data_path=["x"], dtype="float16"), Runtime(torch.device("cpu")))
+    flags = VLMTrainingFlags(data_path=["x"], dtype="float16")
+    learner = Learner(model, flags, Runtime(torch.device("cpu")), None)
     assert learner.restore(state).step == 3
 
 
