@@ -177,7 +177,8 @@ def test_perplexity_is_that_of_the_loss_over_supervised_tokens(world, weight, mo
         ids, labels = torch.tensor([sample.input_ids]), torch.tensor(sample.labels)
         pictures = sample.pixel_values
         with torch.no_grad():
-            logits = model(ids, pixel_values=None if pictures is None else pictures[None]).logits[0]
+            pixels = None if pictures is None else samples.pixels.normalised(pictures)[None]
+            logits = model(ids, pixel_values=pixels).logits[0]
         counted = labels[1:] != -100
         total -= float(logits[:-1].log_softmax(-1)[counted].gather(1, labels[1:][counted, None]).sum())
         tokens += int(counted.sum())
