@@ -331,6 +331,7 @@ def test_two_users_do_not_mix(world, server):
     assert said(second, "And in one word?") == "blue"
 
 
+@pytest.mark.slow  # Gradio waits 5 seconds for pages that are open, and a busy machine takes long to end
 def test_ctrl_c_in_the_middle_of_an_answer_ends_it_with_130(world, site):
     port = free_port()
     process = start(site, port)
