@@ -79,7 +79,7 @@ def settings_of_base(path: Path, wanted: dict[str, Any], encoder: str | None) ->
 def with_pixel_shuffle(sidecar: Sidecar, state: dict[str, Any], encoder: str, path: Path) -> Sidecar:
     """The sidecar with the `pixel_shuffle` of the weights, read off the projection where it knows no encoder;
     a language model learns with any, and with any number of tokens for an image."""
-    config = {"pixel_shuffle": 1} | sidecar["config"]
+    config = sidecar["config"] | {"pixel_shuffle": sidecar["config"].get("pixel_shuffle", 1)}
     inputs = [key for key in state if key.startswith("vision_proj.") and key.endswith(".0.weight")]
     if not inputs:
         config = {name: value for name, value in config.items() if name not in ("pixel_shuffle", "image_ids")}

@@ -315,8 +315,7 @@ def patch_grid(vision_config: PreTrainedConfig, pixel_values: Tensor | None = No
     if pixel_values is not None:
         sizes[0] = pixel_values.shape[-2:]
     sizes = [size if isinstance(size, (list, tuple)) else (size, size) for size in sizes]
-    (height, width), (patch_height, patch_width) = sizes
-    return height // patch_height, width // patch_width
+    return tuple(size // patch for size, patch in zip(*sizes, strict=True))
 
 
 def _blank_pixels(processor) -> Tensor:
