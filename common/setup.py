@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from common.cli import UserError, user_errors
 from common.distributed import resolve_dtype
 from common.tokenizer import check_tokenizer
-from common.weights import SIZES, Sidecar, check_sizes, load_weights_file, read_sidecar
+from common.weights import SIZES, Sidecar, check_sizes, load_weights_file, release_of
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.model_vlm import MiniMindVLM, VLMConfig, load_weights
 from model.processing_vlm import PLACEHOLDERS, MiniMindVLMProcessor
@@ -64,13 +64,33 @@ def place(model: MiniMindForCausalLM, device: torch.device, dtype: str, encoder_
         encoder.to(resolve_dtype(dtype if encoder_dtype == "auto" else encoder_dtype, device))
 
 
-def settings_of_base(path: Path, wanted: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The config of the weights at `path`; `tokenizer_path` and `vision_model_path`, None where these are
-    unknown. UserError where a size differs from the one that is `wanted`."""
-    sidecar = read_sidecar(path) or load_weights_file(path)[1]
-    check_sizes(sidecar, wanted, path)
+def settings_of_base(path: Path, wanted: dict[str, Any], encoder: str | None) -> tuple[dict, dict]:
+    """The config of the weights at `path`, for `encoder` or their own; `tokenizer_path`, `vision_model_path`,
+    None where these are unknown. UserError where a size differs from the one that is `wanted`."""
+    state, sidecar = load_weights_file(path)
     flags = {"tokenizer_path": "tokenizer", "vision_model_path": "encoder"}
-    return sidecar["config"], {flag: (sidecar.get(part) or {}).get("path") for flag, part in flags.items()}
+    paths = {flag: (sidecar.get(part) or {}).get("path") for flag, part in flags.items()}
+    encoder = encoder or paths["vision_model_path"] or ENCODERS[release_of(sidecar["config"])]
+    sidecar = with_pixel_shuffle(sidecar, state, encoder, path)
+    check_sizes(sidecar, wanted, path)
+    return sidecar["config"], paths
+
+
+def with_pixel_shuffle(sidecar: Sidecar, state: dict[str, Any], encoder: str, path: Path) -> Sidecar:
+    """The sidecar with the `pixel_shuffle` of the weights, read off the projection where it knows no encoder;
+    a language model learns with any, and with any number of tokens for an image."""
+    config = sidecar["config"] | {"pixel_shuffle": sidecar["config"].get("pixel_shuffle", 1)}
+    inputs = [key for key in state if key.startswith("vision_proj.") and key.endswith(".0.weight")]
+    if not inputs:
+        config = {name: value for name, value in config.items() if name not in ("pixel_shuffle", "image_ids")}
+    elif not sidecar.get("encoder") and Path(encoder).is_dir():
+        with user_errors():
+            width = MiniMindVLM.get_vision_model(encoder)[0].config.hidden_size
+        found = state[inputs[0]].shape[-1]
+        if (r := int((found / width) ** 0.5)) > 1 and r * r * width == found:
+            log.warning("warning: %s: its projection's width, %d, means pixel_shuffle %d", path, found, r)
+            config |= {"pixel_shuffle": r, "image_ids": None}
+    return sidecar | {"config": config}
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

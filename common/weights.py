@@ -203,10 +203,7 @@ def config_from_shapes(state: dict[str, torch.Tensor], path: Path) -> dict[str, 
     except (KeyError, ValueError, IndexError) as error:
         raise UserError(f"{path}: not MiniMind weights ({type(error).__name__}: {error})") from None
     mixture = {"num_experts": experts, "moe_intermediate_size": width}
-    config = translated(config | (mixture if use_moe else {"intermediate_size": width}))
-    if projector is None:  # a language model may learn with any number of tokens for an image
-        del config["image_ids"]
-    return config
+    return translated(config | (mixture if use_moe else {"intermediate_size": width}))
 
 
 def translated(config: dict[str, Any]) -> dict[str, Any]:

@@ -120,7 +120,7 @@ def encode_missing(
     missing = list(cache.find_missing(items).items())
     width = model.config.vision_config.hidden_size
     token_bytes = width + 2 if cache.dtype == "int8" else width * 2
-    needed = len(missing) * len(model.config.image_ids) * token_bytes
+    needed = len(missing) * len(model.config.image_ids) * model.config.pixel_shuffle**2 * token_bytes
     if needed > (free := shutil.disk_usage(cache.folder).free):
         found = f"need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
         raise OSError(f"{cache.folder}: features of {len(missing)} pictures {found}")

@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from transformers import AutoImageProcessor
 
 from common.cli import DeviceFlags, EncoderFlags, UserError, flag, user_errors
-from common.setup import ENCODERS, TOKENIZERS, build_vlm
+from common.setup import ENCODERS, TOKENIZERS, build_vlm, with_pixel_shuffle
 from common.tokenizer import check_tokenizer, load_tokenizer
 from common.weights import Sidecar, check_sizes, load_weights_file, published_weights, release_of
 from model.model_vlm import MiniMindVLM, load_weights
@@ -93,6 +93,7 @@ def load_pth(
     tokenizer = load_tokenizer(tokenizer_path or trained["tokenizer"].get("path") or TOKENIZERS[release])
     check_tokenizer(sidecar, tokenizer, path, asked=tokenizer_path is not None)
     encoder = vision_model_path or trained["encoder"].get("path") or ENCODERS[release]
+    sidecar = with_pixel_shuffle(sidecar, state, encoder, path)
     model, processor = build_vlm(sidecar["config"], encoder, tokenizer)
     with user_errors(str(path)):
         load_weights(model, state)

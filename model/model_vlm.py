@@ -2,9 +2,11 @@
 
 A text holds a run of placeholder ids for every image; `forward` puts projected patch features in their place.
 Turning pictures and messages into tensors is `processing_vlm.py`'s work. Needs torch, transformers and PIL.
-Shapes: B batch, T tokens, I image slots per row, P tokens per image, W the encoder's width, C hidden size.
+Shapes: B batch, T tokens, I image slots per row, P patches and N tokens per image, W the encoder's width,
+C hidden size. With r = `pixel_shuffle`, a square of r x r patches is one token: N = P / r^2.
 """
 
+import math
 import re
 from pathlib import Path
 
@@ -26,7 +28,7 @@ _DEFAULT_PATH = "./model/vision_model/clip-vit-base-patch16"
 class VLMConfig(MiniMindConfig):
     """The language model's config, the placeholder, and the encoder's own config: all there is to know.
 
-    `image_ids` has an id for each token of an image; if not given, for each patch by `vision_config`.
+    `image_ids` has an id for each token of an image; if not given, for as many as `vision_config` makes.
     """
 
     model_type = "minimind-v"
@@ -38,13 +40,17 @@ class VLMConfig(MiniMindConfig):
     image_ids: list[int] | None = None
     vision_config: dict | PreTrainedConfig | None = None
     projector: str = "linear"
+    pixel_shuffle: int = 1
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         if self.projector not in PROJECTORS:
             raise ValueError(f"projector is {self.projector!r}, expected one of {', '.join(PROJECTORS)}")
+        if self.pixel_shuffle < 1:
+            raise ValueError(f"pixel_shuffle is {self.pixel_shuffle}, expected 1 or more")
         if self.image_ids is None:
-            self.image_ids = [34] * (patch_count(self.vision_config) if self.vision_config else 196)
+            vision = self.vision_config
+            self.image_ids = [34] * (token_count(vision, self.pixel_shuffle) if vision else 196)
         self.image_special_token = self.image_special_token or "@" * len(self.image_ids)
         if not self.image_ids or len(set(self.image_ids)) != 1:
             raise ValueError("image_ids must be one id, repeated for every token of an image")
@@ -87,13 +93,14 @@ class MiniMindVLM(MiniMindForCausalLM):
             self.vision_encoder, self.processor = self.get_vision_model(vision_model_path)
         if self.vision_encoder is not None:
             self.config.vision_config = self.vision_encoder.config
+        r = self.config.pixel_shuffle
         if self.processor is not None:  # it decides how large a picture is, and the config need not know
-            tokens = patch_count(self.config.vision_config, _blank_pixels(self.processor))
+            tokens = token_count(self.config.vision_config, r, _blank_pixels(self.processor))
             token, ids = self.config.image_special_token, self.config.image_ids
             self.config.image_special_token = token[: len(token) // len(ids)] * tokens
             self.config.image_ids = ids[:1] * tokens
         vision_size = 768 if self.vision_encoder is None else self.vision_encoder.config.hidden_size
-        self.vision_proj = PROJECTORS[self.config.projector](vision_size, self.config.hidden_size)
+        self.vision_proj = PROJECTORS[self.config.projector](vision_size * r**2, self.config.hidden_size)
         self.post_init()
         self.train(self.training)
 
@@ -114,7 +121,7 @@ class MiniMindVLM(MiniMindForCausalLM):
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
             config = getattr(config, "vision_config", None) or config
-            patch_count(config)
+            patch_grid(config)
             encoder, report = AutoModel.from_pretrained(
                 folder, config=config, dtype=torch.float32, local_files_only=True, output_loading_info=True
             )
@@ -146,8 +153,8 @@ class MiniMindVLM(MiniMindForCausalLM):
         """
         with torch.no_grad(), torch.autocast(pixel_values.device.type, enabled=False):
             states = vision_model(pixel_values=pixel_values.to(vision_model.dtype)).last_hidden_state
-        config = vision_model.config
-        patches, registers = patch_count(config, pixel_values), getattr(config, "num_register_tokens", 0)
+        patches = math.prod(patch_grid(vision_model.config, pixel_values))
+        registers = getattr(vision_model.config, "num_register_tokens", 0)
         if states.shape[1] not in (patches, patches + 1 + registers):
             found = f"the encoder gave {states.shape[1]} tokens for an image of {patches} patches"
             raise ValueError(f"{found}; only a class token and {registers} registers can be dropped")
@@ -184,7 +191,7 @@ class MiniMindVLM(MiniMindForCausalLM):
         Images are read only where the cache is empty. Without images nothing is replaced. ValueError where
         runs of placeholders and images disagree.
 
-        With the flat `image_positions` (images * P,) that dataset/collate.py tells nothing is looked for or
+        With the flat `image_positions` (images * N,) that dataset/collate.py tells nothing is looked for or
         checked: `image_features` are (images, P, W), or `pixel_values` (pictures, 3, H, W), of which
         `picture_numbers` (images,) tells which an image is.
         """
@@ -221,21 +228,23 @@ class MiniMindVLM(MiniMindForCausalLM):
         if self.vision_encoder is None:
             raise ValueError("pixel_values were given, but this model was built without a vision encoder")
         if len(images) == 0:
-            return images.new_zeros(0, len(self.config.image_ids), self.vision_encoder.config.hidden_size)
+            config = self.vision_encoder.config
+            return images.new_zeros(0, math.prod(patch_grid(config, images)), config.hidden_size)
         return self.get_image_embeddings(images, self.vision_encoder)
 
     def _insert_features(self, embedded: Tensor, features: Tensor, positions: LongTensor) -> Tensor:
-        """`embedded` (B, T, C) with projected features (images, P, W) at flat `positions` (images * P,)."""
-        weight = next(self.vision_proj.parameters())  # (C, W), or a norm's (W,)
-        found, expected = tuple(features.shape[1:]), (len(self.config.image_ids), weight.shape[-1])
+        """`embedded` (B, T, C) with projected features (images, P, W) at flat `positions` (images * N,)."""
+        weight, r = next(self.vision_proj.parameters()), self.config.pixel_shuffle  # (C, r^2 W) or (r^2 W,)
+        found, expected = features.shape[1:], (len(self.config.image_ids) * r**2, weight.shape[-1] // r**2)
         if found != expected:
-            raise ValueError(f"image features have shape {found}, expected {expected}")
-        projected = self.vision_proj(features.to(weight.dtype)).to(embedded.dtype)  # (images, P, C)
+            raise ValueError(f"image features have shape {tuple(found)}, expected {expected}")
+        shuffled = pixel_shuffled(features, r, self.config.vision_config)  # (images, N, r^2 W)
+        projected = self.vision_proj(shuffled.to(weight.dtype)).to(embedded.dtype)  # (images, N, C)
         # Not in place: dropout and embedding need their outputs in the backward pass.
         return embedded.flatten(0, 1).index_copy(0, positions, projected.flatten(0, 1)).view_as(embedded)
 
     def _image_positions(self, input_ids: LongTensor, image_counts: LongTensor) -> Tensor:
-        """Flat positions (images * P,) of what images replace: a run of n * P placeholders takes n images."""
+        """Flat positions (images * N,) of what images replace: a run of n * N placeholders takes n images."""
         tokens = len(self.config.image_ids)
         placeholder = input_ids == self.config.image_ids[0]  # (B, T)
         starts = placeholder & ~nn.functional.pad(placeholder, (1, 0))[:, :-1]  # (B, T)
@@ -277,19 +286,36 @@ def real_slots(images: Tensor, layout: str, counts: LongTensor | None) -> tuple[
     return images[torch.arange(slots, device=images.device) < counts[:, None]], counts
 
 
-def patch_count(vision_config: PreTrainedConfig, pixel_values: Tensor | None = None) -> int:
-    """Patches of one image: of those in `pixel_values` (B, 3, H, W), else of one of the config's size.
+def pixel_shuffled(features: Tensor, r: int, vision_config: PreTrainedConfig | None) -> Tensor:
+    """Patches (images, P, W) -> tokens (images, N, r^2 W): squares of r x r neighbouring patches, row by row
+    inside a square and over the grid, which has the config's shape, if not its size; else it is square."""
+    if r == 1:
+        return features
+    rows, columns = patch_grid(vision_config) if vision_config else (1, 1)
+    rows = math.isqrt(features.shape[1] * rows // columns)
+    squares = features.unflatten(1, (rows // r, r, -1, r)).transpose(2, 3)
+    return squares.flatten(3).flatten(1, 2)  # from (images, rows / r, columns / r, r, r, W)
 
-    ValueError for a config that knows no patches.
-    """
+
+def token_count(vision_config: PreTrainedConfig, r: int, pixel_values: Tensor | None = None) -> int:
+    """N, for pictures as `patch_grid` has them. ValueError where `pixel_shuffled` cannot make squares."""
+    (rows, columns), (height, width) = patch_grid(vision_config, pixel_values), patch_grid(vision_config)
+    if r > 1 and (rows % r or columns % r or rows * width != columns * height):
+        expected = f"expected one of its config's shape, with sides that {r} divides"
+        raise ValueError(f"pixel_shuffle {r}: found a grid of {rows} x {columns} patches, {expected}")
+    return rows * columns // r**2
+
+
+def patch_grid(vision_config: PreTrainedConfig, pixel_values: Tensor | None = None) -> tuple[int, int]:
+    """Rows and columns of an image's patches: by `pixel_values` (B, 3, H, W), else by the config's size.
+    ValueError for a config that knows no patches."""
     sizes = [getattr(vision_config, name, None) for name in ("image_size", "patch_size")]
     if None in sizes or not hasattr(vision_config, "hidden_size"):
         raise ValueError(f"a {vision_config.model_type!r} config has no image_size and patch_size")
     if pixel_values is not None:
         sizes[0] = pixel_values.shape[-2:]
     sizes = [size if isinstance(size, (list, tuple)) else (size, size) for size in sizes]
-    (height, width), (patch_height, patch_width) = sizes
-    return (height // patch_height) * (width // patch_width)
+    return tuple(size // patch for size, patch in zip(*sizes, strict=True))
 
 
 def _blank_pixels(processor) -> Tensor:

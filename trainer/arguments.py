@@ -16,7 +16,7 @@ from common.weights import SIZES
 ROW_FILES = "JSONL, JSON or Parquet files, folders of them, or hf://datasets/OWNER/NAME"
 TRAINABLE = ("proj", "proj_first_last", "proj_last", "proj_attn", "proj_llm")
 TRACKERS = ("tensorboard", "wandb", "swanlab", "trackio", "none")
-SIZE_FLAGS = [name for name in SIZES if name != "vocab_size"]  # that is the tokenizer's to say
+SIZE_FLAGS = [name for name in (*SIZES, "pixel_shuffle") if name != "vocab_size"]  # the tokenizer's to say
 FOLLOWS = "; if not given: the base's, {} without a base"
 MAX_POSITIONS = 32768  # of MiniMindConfig
 resumable = partial(flag, resumable=True)  # a run that goes on may have another value
@@ -102,7 +102,7 @@ class TrainingFlags(DeviceFlags):
 
     def model_config(self) -> dict[str, Any]:
         """The flags that are fields of the model's config, as far as they are set."""
-        return {name: getattr(self, name) for name in SIZE_FLAGS if getattr(self, name) is not None}
+        return {name: value for name in SIZE_FLAGS if (value := getattr(self, name, None)) is not None}
 
 
 @dataclass
@@ -112,6 +112,7 @@ class VLMTrainingFlags(TrainingFlags, EncoderFlags):
     images_path: str = resumable("", "folder that the rows' relative image paths start from")
     trainable: str = flag("proj_llm", "which weights learn", TRAINABLE)
     vision_model_path: str | None = flag(None, "folder of the image encoder" + FOLLOWS.format(ENCODERS[2]))
+    pixel_shuffle: int | None = flag(None, "side of the patches that become a token" + FOLLOWS.format(1))
     cache_features: str | None = resumable(None, "folder for encoder outputs: encode each image once")
     cache_dtype: str = flag(
         "float16", "precision in --cache_features; int8 halves the disk, scaled by token", ("float16", "int8")

@@ -20,6 +20,7 @@ from dataset.feature_cache import FeatureCache, encode_missing
 from dataset.files import sha256_of
 from dataset.vlm_dataset import VLMDataset
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.model_vlm import VLMConfig
 from model.processing_vlm import MiniMindVLMProcessor
 from trainer import state
 from trainer.arguments import SIZE_FLAGS, TrainingFlags, VLMTrainingFlags
@@ -167,10 +168,10 @@ def follow(
     if checkpoint:
         config, found = checkpoint.about.get("config", {}), checkpoint.about["settings"]
     elif base and base.is_file():
-        config, found = settings_of_base(base, flags.model_config())
+        config, found = settings_of_base(base, flags.model_config(), vars(flags).get("vision_model_path"))
         found |= {name: config.get(name) for name in SIZE_FLAGS}
     release = weights.release_of(config)
-    defaults = {name: getattr(MiniMindConfig(), name) for name in SIZE_FLAGS}
+    defaults = {name: getattr(VLMConfig(), name) for name in SIZE_FLAGS}
     defaults |= {"tokenizer_path": TOKENIZERS[release], "vision_model_path": ENCODERS[release]}
     defaults = {name: found.get(name) or value for name, value in defaults.items()}
     defaults |= flags.defaults_of(release)

@@ -274,7 +274,7 @@ def settings_of(
 
 def check_settings(checkpoint: Checkpoint, settings: dict[str, Any], override: bool) -> None:
     """UserError that names what has changed; with `override`, a warning."""
-    before = checkpoint.about["settings"]
+    before = {"pixel_shuffle": 1} | checkpoint.about["settings"]  # older ones do not say it
     names = sorted(name for name in before.keys() & settings if before[name] != settings[name])
     if not names:
         return

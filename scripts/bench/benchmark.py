@@ -69,6 +69,8 @@ def main() -> None:
     parser.add_argument("--hidden_size", type=int, default=512, help="width of the language model")
     parser.add_argument("--num_hidden_layers", type=int, default=8, help="its layers")
     parser.add_argument("--vision_layers", type=int, default=12, help="layers of the encoder, else ViT-B/16")
+    sides = {"choices": (1, 2, 7, 14), "default": 1}
+    parser.add_argument("--pixel_shuffle", type=int, **sides, help="2: 49 tokens a picture, not 196")
     parser.add_argument("--dtype", default="auto", help="of default and cached; published is float32")
     parser.add_argument("--device", help="cuda or cpu; if not given: the best there is")
     parser.add_argument("--compile", action="store_true", help="default and cached run compiled")
@@ -297,8 +299,10 @@ def random_vlm(
     tokenizer = load_tokenizer(str(ROOT / TOKENIZERS[2]))
     sizes = {"hidden_size": options.hidden_size, "num_hidden_layers": options.num_hidden_layers}
     vision = CLIPVisionConfig(patch_size=16, num_hidden_layers=options.vision_layers)
-    config = VLMConfig(**sizes, **special_ids(tokenizer), use_moe=use_moe, vision_config=vision)
-    return kind(config, None), MiniMindVLMProcessor(CLIPImageProcessorPil(), tokenizer)
+    sizes |= {"use_moe": use_moe, "pixel_shuffle": getattr(options, "pixel_shuffle", 1)}
+    config = VLMConfig(**sizes, **special_ids(tokenizer), vision_config=vision)
+    tokens = {"tokens_per_image": len(config.image_ids)}
+    return kind(config, None), MiniMindVLMProcessor(CLIPImageProcessorPil(), tokenizer, **tokens)
 
 
 class CountingCollate:

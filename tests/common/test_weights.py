@@ -12,7 +12,7 @@ from release3 import make_state, make_tokenizer
 from safetensors.torch import save_file
 
 from common.cli import UserError
-from common.setup import build_lm, build_vlm, load_base
+from common.setup import build_lm, build_vlm, load_base, settings_of_base
 from common.tokenizer import load_tokenizer, tokenizer_fingerprint
 from common.weights import (
     config_from_shapes,
@@ -336,6 +336,93 @@ def test_projection_is_fresh_when_the_base_is_a_language_model(saved, tokenizer)
     load_base(model, path, tokenizer)
     assert torch.equal(model.vision_proj.vision_proj[0].weight, before)
     assert isinstance(model, MiniMindVLM)
+
+
+@pytest.fixture
+def shuffled(tmp_path, tokenizer):
+    """As `saved`, with 49 tokens for 196 patches and the published head counts."""
+    config = SIZES | {"num_attention_heads": 8, "pixel_shuffle": 2}
+    model, _ = build_vlm(config, str(TINY_ENCODER), tokenizer)
+    path = tmp_path / "sft_vlm_64.pth"
+    arguments = {"vision_model_path": str(TINY_ENCODER)}
+    save_weights(path, half_state(model.state_dict()), describe(model, tokenizer, "sft_vlm", 7, arguments))
+    return model, path
+
+
+def test_pixel_shuffle_stands_in_the_sidecar(shuffled):
+    expected, path = shuffled
+    model, processor = load_vlm(str(path))
+    assert model.config.pixel_shuffle == 2 and processor.tokens_per_image == 49
+    weight = expected.vision_proj.vision_proj[0].weight
+    assert torch.equal(model.vision_proj.vision_proj[0].weight, weight.half().float())
+
+
+@pytest.mark.parametrize("sidecar", [False, True], ids=["bare", "downloaded"])
+def test_pixel_shuffle_is_read_off_the_projection_where_only_the_tensors_tell(shuffled, sidecar, caplog):
+    expected, path = shuffled
+    path.with_suffix(".json").unlink()
+    if sidecar:
+        state, _ = load_weights_file(path)
+        about = {"config": config_from_shapes(state, path), "encoder": None}
+        path.with_suffix(".json").write_text(json.dumps(about))
+    model, processor = load_vlm(str(path), str(TINY_ENCODER), str(ROOT / "model/tokenizer"))
+    assert model.config.pixel_shuffle == 2 and processor.tokens_per_image == 49
+    weight = expected.vision_proj.vision_proj[0].weight
+    assert torch.equal(model.vision_proj.vision_proj[0].weight, weight.half().float())
+    assert f"{path}: its projection's width, 256, means pixel_shuffle 2" in caplog.text
+
+
+def test_pixel_shuffle_of_release_3_is_read_off_its_norm(tmp_path, state_3):
+    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    config = translated(CONFIG_3) | {"pixel_shuffle": 4, "image_ids": None}
+    model, _ = build_vlm(config, str(SIGLIP), make_tokenizer())
+    torch.save(half_state(model.state_dict()), tmp_path / "sft_vlm_64.pth")
+    model, processor = load_vlm(str(tmp_path / "sft_vlm_64.pth"), str(SIGLIP), str(tmp_path / "tokenizer"))
+    assert model.config.pixel_shuffle == 4 and processor.tokens_per_image == 4
+    assert model.vision_proj.mlp[0].weight.shape == (16 * 48,)
+
+
+@pytest.mark.parametrize(
+    ("change", "r", "wanted"),
+    [
+        (lambda sidecar: None, 2, 1),
+        (lambda sidecar: sidecar.unlink(), 2, 1),
+        (lambda sidecar: drop_field(sidecar), 1, 2),
+    ],
+    ids=["sidecar", "bare", "older_sidecar"],
+)
+def test_another_pixel_shuffle_than_the_weights_have_is_refused(tmp_path, tokenizer, change, r, wanted):
+    model, _ = build_vlm(SIZES | {"pixel_shuffle": r}, str(TINY_ENCODER), tokenizer)
+    path = tmp_path / "pretrain_vlm_64.pth"
+    about = describe(model, tokenizer, "pretrain_vlm", 7, {"vision_model_path": str(TINY_ENCODER)})
+    save_weights(path, half_state(model.state_dict()), about)
+    change(path.with_suffix(".json"))
+    with pytest.raises(UserError) as raised:
+        settings_of_base(path, {"pixel_shuffle": wanted}, str(TINY_ENCODER))
+    told = f"{path} does not fit the flags: it has pixel_shuffle {r} (flag: {wanted})"
+    assert str(raised.value) == told
+    assert settings_of_base(path, {"pixel_shuffle": r}, str(TINY_ENCODER))[0]["pixel_shuffle"] == r
+
+
+def drop_field(sidecar: Path) -> None:
+    about = json.loads(sidecar.read_text())
+    del about["config"]["pixel_shuffle"]
+    sidecar.write_text(json.dumps(about))
+
+
+@pytest.mark.parametrize("kind", ["bare", "folder"])
+def test_a_language_model_takes_any_pixel_shuffle(tmp_path, kind):
+    state = make_state(CONFIG_3, visual=False)
+    path = tmp_path / "model.safetensors" if kind == "folder" else tmp_path / "llm_64.pth"
+    if kind == "folder":
+        save_file({name: value for name, value in state.items() if name != "lm_head.weight"}, path)
+        (tmp_path / "config.json").write_text(json.dumps(CONFIG_3))
+    else:
+        torch.save(state, path)
+    config, _ = settings_of_base(path, {"pixel_shuffle": 2}, str(SIGLIP))
+    model, processor = build_vlm(config | {"pixel_shuffle": 2}, str(SIGLIP), make_tokenizer())
+    load_base(model, path, make_tokenizer())
+    assert processor.tokens_per_image == 16
 
 
 def test_heads_that_a_bare_file_does_not_tell_are_assumed_with_a_warning(weight, tmp_path, caplog):

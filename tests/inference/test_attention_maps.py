@@ -28,7 +28,8 @@ def model(tokenizer) -> MiniMindVLM:
 
 
 def prepared(model, tokenizer, question: str, *colours: str):
-    processor = MiniMindVLMProcessor(model.processor, tokenizer)
+    tokens = len(model.config.image_ids)
+    processor = MiniMindVLMProcessor(model.processor, tokenizer, tokens_per_image=tokens)
     pictures = [Image.linear_gradient("L").resize((40, 50)).convert("RGB") for _ in colours]
     for picture, colour in zip(pictures, colours, strict=True):
         picture.paste(colour, (0, 0, 20, 20))
@@ -85,6 +86,25 @@ def test_the_map_is_softmax_of_q_times_k_and_text_has_the_rest(model, tokenizer)
     torch.testing.assert_close(total, torch.ones(5))
     assert found[0].max() > 3 * found[0].mean(), "a flat map would not tell rows and patches apart"
     assert not torch.allclose(found[0], found[1], atol=1e-3)
+
+
+def test_the_map_has_a_weight_for_each_token_that_pixel_shuffle_leaves(tokenizer):
+    torch.manual_seed(0)
+    config = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
+    config |= special_ids(tokenizer) | {"pixel_shuffle": 2}
+    model = MiniMindVLM(VLMConfig(**config), TINY_ENCODER).eval()
+    inputs = prepared(model, tokenizer, "<image> or <image>?", "red", "blue")
+    found = attention_to_patches(model, inputs, torch.tensor([300, 17]))
+    assert found.shape == (2, 2, 49)
+    is_token = inputs["input_ids"][0] == 34
+    assert is_token.sum() == 98 and inputs["image_features"].shape == (1, 2, 196, 64)
+    looked = model(inputs["input_ids"], output_attentions=True, **only_images(inputs)).attentions[0]
+    expected = looked[0, :, -1, is_token].mean(0).view(2, 49)  # of the last prompt token: it chose the first
+    torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-6)
+
+
+def only_images(inputs) -> dict:
+    return {name: inputs[name] for name in ("image_features", "image_counts")}
 
 
 def test_the_map_of_a_model_in_half_precision_is_fp32(model, tokenizer):

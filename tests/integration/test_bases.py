@@ -106,6 +106,43 @@ def test_a_flag_that_contradicts_the_base_is_an_error(data, run, lm):
     assert "does not fit the flags: it has num_hidden_layers 2 (flag: 3)" in error_line(result)
 
 
+def test_fewer_tokens_a_picture_are_followed_from_the_first_stage_to_an_export(data, tmp_path, run, lm):
+    out = tmp_path / "out"
+    shutil.copytree(lm.parent, out)
+    cached = ["--cache_features", tmp_path / "cache"]
+    steps = ["--max_steps", 2, "--save_interval", 1, *cached]
+    asked = ["--vision_model_path", TINY_ENCODER, "--pixel_shuffle", 2]
+    run("train_pretrain_vlm.py", *sees(data, out, *asked, *steps))
+    step = ["--resume", out / "runs/pretrain_vlm_64/checkpoints/step-1"]
+    run("train_pretrain_vlm.py", *sees(data, tmp_path / "again", *step, *steps))
+    again = tmp_path / "again/pretrain_vlm_64.pth"
+    assert again.read_bytes() == (out / "pretrain_vlm_64.pth").read_bytes()
+
+    refused = run("train_sft_vlm.py", *sees(data, out, "--pixel_shuffle", 1), expect=1)
+    assert "does not fit the flags: it has pixel_shuffle 2 (flag: 1)" in error_line(refused)
+    (stored,) = (tmp_path / "cache").glob("*/*.npy")
+    run("train_sft_vlm.py", *sees(data, out, *cached))
+    assert list((tmp_path / "cache").glob("*/*.npy")) == [stored], "patches serve any number of tokens"
+    sidecar = json.loads((out / "sft_vlm_64.json").read_text())
+    assert sidecar["config"]["pixel_shuffle"] == sidecar["arguments"]["pixel_shuffle"] == 2
+    assert sidecar["config"]["image_ids"] == [34] * 49
+
+    weight, report = out / "sft_vlm_64.pth", tmp_path / "report.json"
+    rows = ["--data_path", data / "captions.jsonl", "--images_path", data / "images"]
+    run("eval_vlm.py", "--weight", weight, *rows, "--score", "--report", report, "--device", "cpu")
+    assert json.loads(report.read_text())["n"] == 8
+    exported = run("convert_to_hf.py", "--weight", weight, "--out", tmp_path / "hf").stderr
+    assert "largest difference of a logit, reloaded from source: 0; greedy text is equal" in exported
+    run("convert_to_hf.py", "--to_torch", tmp_path / "hf", "--out", tmp_path / "back.pth")
+    assert (tmp_path / "back.pth").read_bytes() == weight.read_bytes()
+
+
+def test_a_grid_that_pixel_shuffle_does_not_divide_is_told_in_one_line(data, tmp_path, run, lm):
+    flags = ["--from_weight", lm, "--vision_model_path", TINY_ENCODER, "--pixel_shuffle", 4]
+    result = run("train_pretrain_vlm.py", *sees(data, tmp_path / "out", *flags), expect=1)
+    assert "pixel_shuffle 4: found a grid of 14 x 14 patches" in error_line(result)
+
+
 SMALL_3 = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}  # of 2 layers
 SIGLIP = ROOT / "tests/golden/v3/siglip"
 

@@ -308,7 +308,11 @@ def test_encoder_is_halved_only_where_nothing_is_lost():
 # --- and back
 
 
-@pytest.mark.parametrize("config", [{}, {"use_moe": True}], ids=["dense", "moe"])
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"use_moe": True}, {"pixel_shuffle": 2}, {"pixel_shuffle": 7, "projector": "mlp"}],
+    ids=["dense", "moe", "49_tokens", "4_tokens"],
+)
 def test_round_trip_gives_the_same_bytes(convert, tmp_path, config):
     source = make_weights(tmp_path, **config)
 
@@ -333,7 +337,7 @@ def test_an_encoder_with_registers_and_other_preprocessing_is_exported(convert, 
 
 def test_bare_pth_is_exported_and_comes_back(convert, tmp_path):
     """As the published files are: no sidecar, so encoder and tokenizer are flags, and 8 and 2 heads."""
-    source = make_weights(tmp_path, num_attention_heads=8)
+    source = make_weights(tmp_path, num_attention_heads=8, pixel_shuffle=2)
     source.with_suffix(".json").unlink()
     flags = ["--vision_model_path", ENCODER, "--tokenizer_path", TOKENIZER]
 

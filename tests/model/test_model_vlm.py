@@ -11,6 +11,8 @@ from conftest import ROOT, TINY_VIT, save_dinov2
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
+    BitImageProcessorPil,
+    CLIPVisionConfig,
     CLIPVisionModel,
     LlamaConfig,
     SiglipConfig,
@@ -25,7 +27,7 @@ from transformers import (
 )
 
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from model.model_vlm import MiniMindVLM, VLMConfig, load_weights
+from model.model_vlm import MiniMindVLM, VLMConfig, load_weights, pixel_shuffled
 
 GOLDEN = ROOT / "tests/golden"
 CLIP = GOLDEN / "clip"
@@ -384,6 +386,110 @@ def test_a_saved_model_knows_the_patches_that_its_encoders_config_does_not(tmp_p
     torch.testing.assert_close(
         loaded(ids, pixel_values=pixels).logits, vlm(ids, pixel_values=pixels).logits, atol=1e-5, rtol=0
     )
+
+
+@pytest.mark.parametrize(
+    ("patches", "size", "r", "expected"),
+    [
+        (16, None, 2, [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]),
+        (18, (3, 6), 3, [[0, 1, 2, 6, 7, 8, 12, 13, 14], [3, 4, 5, 9, 10, 11, 15, 16, 17]]),
+        (8, (4, 8), 2, [[0, 1, 4, 5], [2, 3, 6, 7]]),
+        (4, (1, 4), 1, [[0], [1], [2], [3]]),
+    ],
+    ids=["square", "oblong", "oblong_smaller_than_the_config", "one"],
+)
+def test_neighbouring_patches_become_one_token_row_by_row(patches, size, r, expected):
+    config = ViTConfig(image_size=size, patch_size=1) if size else None
+    numbers = torch.arange(patches, dtype=torch.float32)[None, :, None]  # (images, P, W)
+    features = torch.cat([numbers, numbers + 1000, -numbers]).repeat(1, 1, 2)
+    tokens = pixel_shuffled(features, r, config)
+    assert tokens.shape == (3, patches // r**2, 2 * r**2)
+    assert tokens[:, :, ::2].equal(tokens[:, :, 1::2])  # a patch's own values stay side by side
+    assert tokens[0, :, ::2].tolist() == expected
+    assert tokens[1, :, ::2].equal(tokens[0, :, ::2] + 1000) and tokens[2].equal(-tokens[0])
+    assert pixel_shuffled(features[:0], r, config).shape == (0, *tokens.shape[1:])
+
+
+@pytest.mark.parametrize("projector", ["linear", "mlp"])
+def test_pixel_shuffle_makes_49_tokens_of_196_patches(projector):
+    vlm = build(projector=projector, pixel_shuffle=2)
+    assert vlm.config.image_ids == [AT] * 49 and vlm.config.image_special_token == "@" * 49
+    first = next(vlm.vision_proj.parameters())
+    assert first.shape == ((64, 4 * 64) if projector == "linear" else (4 * 64,))
+    row = torch.tensor([[*text(1, 3), *[AT] * 98, *text(2, 2)]])
+    images = random_images(2)
+    features = vlm.get_image_embeddings(images, vlm.vision_encoder)  # (2, 196, 64)
+    grid = features.view(2, 14, 14, 64)
+    squares = [grid[:, y : y + 2, x : x + 2].reshape(2, -1) for y in range(0, 14, 2) for x in range(0, 14, 2)]
+    embedded = vlm.model.embed_tokens(row)
+    embedded[0, 3:101] = vlm.vision_proj(torch.stack(squares, 1)).flatten(0, 1)
+    expected = vlm(inputs_embeds=embedded).logits
+    torch.testing.assert_close(vlm(row, pixel_values=images[None]).logits, expected)
+    torch.testing.assert_close(vlm(row, image_features=features[None]).logits, expected)
+
+
+def test_pixel_shuffle_takes_rows_without_pictures_and_names_other_features():
+    vlm = build(pixel_shuffle=2).train()
+    none = torch.zeros(1, 0, 3, 224, 224)
+    ids = torch.tensor([text(1, 5)])
+    vlm(ids, pixel_values=none, labels=ids).loss.backward()
+    assert not vlm.vision_proj.vision_proj[0].weight.grad.any()
+    row = torch.tensor([[AT] * 49])
+    message = r"image features have shape (49, 256), expected (196, 64)"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        vlm(row, image_features=torch.zeros(1, 1, 49, 256))
+
+
+def test_pixel_shuffle_1_is_what_was_before_the_field(dense, tmp_path):
+    vlm = build(pixel_shuffle=1)
+    row, images = torch.tensor([[*text(1, 3), *[AT] * P]]), random_images(1)[None]
+    assert torch.equal(vlm(row, pixel_values=images).logits, dense(row, pixel_values=images).logits)
+    vlm.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config.pop("pixel_shuffle") == 1
+    (tmp_path / "config.json").write_text(json.dumps(config))  # as older exports have it
+    old = MiniMindVLM.from_pretrained(tmp_path)
+    assert old.config.pixel_shuffle == 1
+    assert torch.equal(old(row, pixel_values=images).logits, dense(row, pixel_values=images).logits)
+
+
+def test_a_saved_model_has_its_pixel_shuffle(tmp_path):
+    vlm = MiniMindVLM(VLMConfig(**TINY, pixel_shuffle=2), save_dinov2(tmp_path / "dinov2", 4)).eval()
+    vlm.save_pretrained(tmp_path / "saved")
+    loaded = MiniMindVLM.from_pretrained(tmp_path / "saved")
+    assert loaded.config.pixel_shuffle == 2 and loaded.config.image_ids == [AT] * 4
+    ids = torch.tensor([[50, *[AT] * 4, 51]])
+    pixels = vlm.image2tensor(Image.radial_gradient("L"), vlm.processor)
+    assert torch.equal(loaded(ids, pixel_values=pixels).logits, vlm(ids, pixel_values=pixels).logits)
+
+
+@pytest.mark.parametrize(
+    ("make", "grid", "r"),
+    [
+        (lambda folder: VLMConfig(**TINY, pixel_shuffle=4, vision_config=CLIPVisionConfig()), "7 x 7", 4),
+        (lambda folder: build(pixel_shuffle=4), "14 x 14", 4),
+        (lambda folder: MiniMindVLM(VLMConfig(**TINY, pixel_shuffle=5), save_dinov2(folder)), "4 x 4", 5),
+        (lambda folder: MiniMindVLM(VLMConfig(**TINY, pixel_shuffle=2), oblong(folder)), "4 x 2", 2),
+    ],
+    ids=["config", "encoder", "preprocessing", "another_shape_than_the_configs"],
+)
+def test_a_grid_that_pixel_shuffle_does_not_divide_is_named(tmp_path, make, grid, r):
+    message = f"pixel_shuffle {r}: found a grid of {grid} patches, expected one of its config's shape, with"
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path / "encoder")
+
+
+def oblong(folder: Path) -> Path:
+    """An encoder of pictures that are twice as high as wide, which its config does not say."""
+    save_dinov2(folder)
+    BitImageProcessorPil(crop_size={"height": 56, "width": 28}).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("r", [0, -1])
+def test_pixel_shuffle_is_at_least_1(r):
+    with pytest.raises(ValueError, match=f"pixel_shuffle is {r}, expected 1 or more"):
+        VLMConfig(**TINY, pixel_shuffle=r)
 
 
 def save_vit(folder: Path, size: int = 70, without: str = "", **preprocessing) -> Path:

@@ -235,6 +235,13 @@ def test_changed_flags_are_named(checkpoints, data, processor):
         check_settings(newest, settings_of(VLMTrainingFlags(**flags), fewer, 1), False)
 
 
+def test_a_checkpoint_from_before_pixel_shuffle_has_1(checkpoints):
+    newest = newest_intact(checkpoints.folder)
+    check_settings(newest, {"pixel_shuffle": 1}, False)
+    with pytest.raises(UserError, match=r"--pixel_shuffle 1 \(now 2\)"):
+        check_settings(newest, {"pixel_shuffle": 2}, False)
+
+
 def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("fcntl.lockf", Mock(side_effect=OSError(37, "No locks available")))
     with run_lock(tmp_path / "runs/lm_64", Runtime(torch.device("cpu"))):

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TINY_ENCODER
 from PIL import Image
 
+from common.setup import build_vlm
 from inference.chat import Sampling, stream_answer
 from inference.trained import load_vlm
 from inference.web.conversation import MAX_IMAGES, MAX_TOKENS, Conversation, Refused, draw_attention
@@ -40,6 +42,20 @@ def test_a_conversation_goes_on_and_knows_where_it_looked(loaded, world, dtype):
     drawn = draw_attention(conversation.seen[0], attention[0, 0], float(attention.max()))
     assert drawn.getcolors(maxcolors=10) is None, "nothing is drawn over the plain picture"
     assert conversation.seen[0].getpixel((100, 100)) == (255, 0, 0)
+
+
+def test_a_square_of_patches_that_are_one_token_is_drawn_as_one(world, tokenizer):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model, processor = build_vlm(sizes | {"pixel_shuffle": 7}, str(TINY_ENCODER), tokenizer)
+    conversation = Conversation()
+    answer((model.eval(), processor), conversation, "What colour is this?", world / "images/red.png")
+    attention, tokens = conversation.look(model, processor, "float32")
+    assert attention.shape == (len(tokens), 1, 4)
+    top_left = draw_attention(conversation.seen[0], torch.tensor([1.0, 0, 0, 0]), 1.0)
+    width, height = top_left.size
+    assert len({top_left.getpixel((x, y)) for x in (5, width // 5) for y in (5, height // 5)}) == 1
+    assert sum(top_left.getpixel((5, 5))) > sum(top_left.getpixel((width - 5, height - 5))) + 100
 
 
 def test_what_cannot_be_answered_leaves_the_conversation_as_it_was(loaded, world, tmp_path):
