@@ -7,6 +7,7 @@ ranks. Shapes: B rows, T tokens, N most images of a row.
 import heapq
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ SILENT = Sample(input_ids=[0, 0], labels=[IGNORE_INDEX] * 2)  # keeps ranks in s
 WINDOW_STEPS = 50  # rows are sorted by length within shuffled windows of this many steps
 
 
+@dataclass(eq=False)
 class StepSampler(Sampler):
     """Yields, for each optimizer step, this rank's row numbers: a list of micro-batches.
 
@@ -33,24 +35,20 @@ class StepSampler(Sampler):
     little from epoch to epoch.
     """
 
-    def __init__(
-        self,
-        lengths: np.ndarray,
-        batch_size: int,
-        accumulation_steps: int = 1,
-        rank: int = 0,
-        world_size: int = 1,
-        seed: int = 0,
-        shuffle: bool = True,
-        tokens_per_batch: int | None = None,
-    ):
-        self.lengths, self.seed, self.shuffle = lengths, seed, shuffle
-        self.rank, self.world_size = rank, world_size
-        self.accumulation_steps, self.tokens_per_batch = accumulation_steps, tokens_per_batch
-        if tokens_per_batch:  # for the size of a window
-            batch_size = max(int(tokens_per_batch / max(lengths.mean(), 1)), 1)
-        self.micro_rows = batch_size * world_size
-        self.step_rows = self.micro_rows * accumulation_steps
+    lengths: np.ndarray
+    batch_size: int
+    accumulation_steps: int = 1
+    rank: int = 0
+    world_size: int = 1
+    seed: int = 0
+    shuffle: bool = True
+    tokens_per_batch: int | None = None
+
+    def __post_init__(self):
+        if self.tokens_per_batch:  # for the size of a window
+            self.batch_size = max(int(self.tokens_per_batch / max(self.lengths.mean(), 1)), 1)
+        self.micro_rows = self.batch_size * self.world_size
+        self.step_rows = self.micro_rows * self.accumulation_steps
         self.epoch = self.first_step = 0
 
     def set_epoch(self, epoch: int, first_step: int = 0) -> None:
@@ -84,16 +82,16 @@ class StepSampler(Sampler):
 
     def _micro_batches(self, rows: np.ndarray) -> Iterator[np.ndarray]:
         """Cuts a window's rows, which are sorted by length."""
-        if self.tokens_per_batch is None:
-            yield from (rows[i : i + self.micro_rows] for i in range(0, len(rows), self.micro_rows))
-            return
-        rows = rows[::-1]  # the first row of a micro-batch, its longest, says how many fit
+        fit = self.micro_rows
+        rows = rows[::-1] if self.tokens_per_batch else rows
         while len(rows):
-            fit = max(self.tokens_per_batch // int(self.lengths[rows[0]]), 1) * self.world_size
+            if self.tokens_per_batch:  # the first row of a micro-batch, its longest, says how many fit
+                fit = max(self.tokens_per_batch // int(self.lengths[rows[0]]), 1) * self.world_size
             yield rows[:fit]
             rows = rows[fit:]
 
 
+@dataclass(eq=False)
 class StepDataset(Dataset):
     """Lets a DataLoader fetch whole steps: an index is a step's list of micro-batches.
 
@@ -101,16 +99,11 @@ class StepDataset(Dataset):
     not usable unless `skip_bad` is off.
     """
 
-    def __init__(
-        self,
-        samples: VLMDataset,
-        pad_token_id: int,
-        pack_length: int | None = None,
-        length_multiple: int = 1,
-        skip_bad: bool = False,
-    ):
-        self.samples, self.skip_bad = samples, skip_bad
-        self.layout = pad_token_id, pack_length, length_multiple, samples.processor.tokens_per_image
+    samples: VLMDataset
+    pad_token_id: int
+    pack_length: int | None = None
+    length_multiple: int = 1
+    skip_bad: bool = False
 
     def __getitem__(self, step: list[list[int]]) -> list[dict] | DataError:
         """The step's micro-batches. A DataError is returned, not raised: a worker process would bury it."""
@@ -131,7 +124,8 @@ class StepDataset(Dataset):
             else:
                 limit = self.samples.max_length
                 skipped.append(f"{sample.where}: no supervised token within {limit} tokens")
-        batch = collate(useful or [SILENT], *self.layout)
+        layout = self.pad_token_id, self.pack_length, self.length_multiple
+        batch = collate(useful or [SILENT], *layout, self.samples.processor.tokens_per_image)
         return batch | {"rows": len(useful), "skipped": skipped, "where": [sample.where for sample in useful]}
 
 
