@@ -13,6 +13,7 @@ from typing import Any
 from dataset.errors import DataError
 from model.processing_vlm import IMAGE_MARKER
 
+FILE_NAMES, TURNS = {"file_name", "file_names"}, {"conversations", "messages", "texts"}
 LLAVA_ROLES = {"human": "user", "gpt": "assistant"}
 
 
@@ -28,9 +29,9 @@ def our_row(row: Any, where: str, folder: Path = Path()) -> tuple[str, dict]:
     try:
         for key in row.keys() & {"image", "images", "image_bytes"}:
             row[key] = _picture(row[key])
-        for key in row.keys() & {"conversations", "messages", "texts"}:
+        for key in row.keys() & TURNS:
             row[key] = _turns(row[key], key)
-        for key in row.keys() & {"file_name", "file_names"}:
+        for key in row.keys() & FILE_NAMES:
             row[key] = [str(folder / str(name)) for name in _listed(row[key])]
         return _convert(row)
     except ValueError as error:
@@ -38,9 +39,20 @@ def our_row(row: Any, where: str, folder: Path = Path()) -> tuple[str, dict]:
 
 
 def _convert(row: dict) -> tuple[str, dict]:
-    for name, (fits, convert) in LAYOUTS.items():
-        if fits(row):
-            return name, convert(row)
+    """By the first layout that fits the row."""
+    if row.keys() & FILE_NAMES and not (row.get("image") or row.get("images")):
+        return "imagefolder", _imagefolder(row)
+    if "conversations" in row and bytes in map(type, _listed(row.get("image_bytes"))):
+        return "release 3", _release_3(row)
+    if "conversations" in row:
+        is_llava = any("from" in turn for turn in row["conversations"])
+        return "LLaVA" if is_llava else "conversations", _conversations(row)
+    if "messages" in row:
+        return "messages", _messages(row)
+    if "texts" in row:
+        return "the_cauldron", _the_cauldron(row)
+    if "text" in row:
+        return "text", row
     found = f"no layout has the fields {', '.join(map(repr, row)) or '(none)'}"
     raise ValueError(f"expected a non-empty list 'conversations', found None: {found}")
 
@@ -48,7 +60,7 @@ def _convert(row: dict) -> tuple[str, dict]:
 def _imagefolder(row: dict) -> dict:
     """Pictures beside `metadata.jsonl`, with turns of another layout or a caption in `text`."""
     names = row.pop("file_name", []) + row.pop("file_names", [])
-    if "text" in row and not row.keys() & {"conversations", "messages", "texts"}:
+    if "text" in row and not row.keys() & TURNS:
         asked = {"role": "user", "content": IMAGE_MARKER * len(names)}
         row["conversations"] = [asked, {"role": "assistant", "content": row.pop("text")}]
     return _convert({**row, "image": names})[1]
@@ -105,23 +117,6 @@ def _the_cauldron(row: dict) -> dict:
     pairs, roles = row.pop("texts"), ("user", "assistant")
     turns = [{**pair, "role": role, "content": pair.get(role)} for pair in pairs for role in roles]
     return {**row, "conversations": turns}
-
-
-LAYOUTS = {  # the first that fits a row
-    "imagefolder": (
-        lambda row: row.keys() & {"file_name", "file_names"} and not (row.get("image") or row.get("images")),
-        _imagefolder,
-    ),
-    "release 3": (
-        lambda row: "conversations" in row and bytes in map(type, _listed(row.get("image_bytes"))),
-        _release_3,
-    ),
-    "LLaVA": (lambda row: any("from" in turn for turn in row.get("conversations", [])), _conversations),
-    "conversations": (lambda row: "conversations" in row, _conversations),
-    "messages": (lambda row: "messages" in row, _messages),
-    "the_cauldron": (lambda row: "texts" in row, _the_cauldron),
-    "text": (lambda row: "text" in row, dict),
-}
 
 
 def _turns(found: Any, column: str) -> list[dict]:
