@@ -33,13 +33,11 @@ from model.processing_vlm import IMAGE_MARKER, ROLES
 
 log = logging.getLogger(__name__)
 FEATURES = Features(
-    {
-        "where": Value("string"),  # file:line or file[index], for messages
-        "kind": Value("string"),  # free label of a row, for reports; empty if there is none
-        "images": List(Value("string")),  # paths, or places in the store of pictures
-        "roles": List(Value("string")),
-        "contents": List(Value("string")),  # a {"text": ...} row is one content without a role
-    }
+    where=Value("string"),  # file:line or file[index], for messages
+    kind=Value("string"),  # free label of a row, for reports; empty if there is none
+    images=List(Value("string")),  # paths, or places in the store of pictures
+    roles=List(Value("string")),
+    contents=List(Value("string")),  # a {"text": ...} row is one content without a role
 )
 PICTURE_KEYS = (  # other names of what 'image' holds, and what cannot be trained on: not to be overlooked
     "image images image_path image_paths image_file image_files image_name image_names image_url image_urls "
@@ -125,9 +123,7 @@ def _build(folder: Path, files: list[Path], images_root: str) -> list[str]:
 
 def resolve_image(image: str, images_root: str, store: str) -> str:
     """An entry of `images` as what opens it: a path, or the `store_of` the rows and a place in it."""
-    if image.startswith("\0"):
-        return store + image
-    return image if Path(image).is_absolute() else str(Path(images_root) / image)
+    return store + image if image.startswith("\0") else str(Path(images_root, image))
 
 
 def store_of(rows: Dataset) -> str:
@@ -187,7 +183,9 @@ def normalise_row(row: dict, where: str, images_root: str | None = None) -> dict
         if images:
             raise DataError(f"{where}: a 'text' row has no images, found {reprlib.repr(images)}")
     else:
-        roles, contents = _turns(row, len(images), where)
+        turns = row["conversations"]
+        _check_turns(turns, len(images), where)
+        roles, contents = [turn["role"] for turn in turns], [turn["content"] for turn in turns]
     kind = str(row.get("kind", ""))
     names = [image for image in images if isinstance(image, str)]
     for field, values in {"image": names, "kind": [kind], "content": contents}.items():
@@ -231,9 +229,8 @@ def _refuse_pictures(entry: dict, where: str) -> None:
             raise DataError(f"{where}: pictures are expected in the row's 'image', as paths; found {found}")
 
 
-def _turns(row: dict, images: int, where: str) -> tuple[list[str], list[str]]:
-    roles, contents = [], []
-    for number, turn in enumerate(row["conversations"], start=1):
+def _check_turns(turns: list[dict], images: int, where: str) -> None:
+    for number, turn in enumerate(turns, start=1):
         _refuse_pictures(turn, f"{where}: turn {number}")
         role, content = turn.get("role"), turn.get("content")
         if role not in ROLES:
@@ -241,12 +238,9 @@ def _turns(row: dict, images: int, where: str) -> tuple[list[str], list[str]]:
             raise DataError(f"{where}: turn {number}: unknown role {role!r}, {expected}")
         if not isinstance(content, str):
             raise DataError(f"{where}: turn {number}: 'content' must be text, found {content!r}")
-        roles.append(role)
-        contents.append(content)
-    if any(role == "assistant" and not text.strip() for role, text in zip(roles, contents, strict=True)):
+    if any(turn["role"] == "assistant" and not turn["content"].strip() for turn in turns):
         raise DataError(f"{where}: an assistant turn is empty")
-    asked = [text for role, text in zip(roles, contents, strict=True) if role == "user"]
+    asked = [turn["content"] for turn in turns if turn["role"] == "user"]
     markers = sum(text.count(IMAGE_MARKER) for text in asked)
     if images and markers != images and (markers or not asked):
         raise DataError(f"{where}: {markers} {IMAGE_MARKER} markers in the user's turns, but {images} images")
-    return roles, contents
