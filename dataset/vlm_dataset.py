@@ -64,13 +64,10 @@ class VLMDataset(Dataset):
         self.rows = load_rows(paths, images_path)
         self.places = str(images_path.resolve()) if images_path else "", store_of(self.rows)
         arguments = {"tokenizer": processor.tokenizer, "system_tokens": _default_system_tokens(processor)}
-        self.tokens = self.rows.map(
-            _count_tokens,
-            batched=True,
-            fn_kwargs=arguments | {"code": sha256_of(Path(__file__))},
-            remove_columns=self.rows.column_names,
-            desc="counting tokens",
-        )  # kept in the cache of `datasets`, beside the rows
+        arguments |= {"code": sha256_of(Path(__file__))}
+        told = {"remove_columns": self.rows.column_names, "desc": "counting tokens"}
+        # Kept in the cache of `datasets`, beside the rows.
+        self.tokens = self.rows.map(_count_tokens, batched=True, fn_kwargs=arguments, **told)
         with_images = np.flatnonzero(self.tokens.data.table.column("images").to_numpy())
         if processor.image_processor is None and len(with_images):
             where = self.rows[int(with_images[0])]["where"]
@@ -86,8 +83,7 @@ class VLMDataset(Dataset):
 
     def lengths(self) -> np.ndarray:
         """(len(self),) int64: tokens of each row, placeholders included; a few more than it has at most."""
-        counts = self.tokens.data.table
-        text, images = (counts.column(name).to_numpy() for name in ("text", "images"))
+        text, images = (self.tokens.data.table.column(name).to_numpy() for name in ("text", "images"))
         return np.minimum(text + images * self.processor.tokens_per_image, self.max_length)
 
     def __getitem__(self, index: int) -> Sample:
