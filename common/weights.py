@@ -29,17 +29,12 @@ Sidecar = dict[str, Any]
 SIZES = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size use_moe".split()
 
 FOLDER_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # of a transformers folder
-RELEASE_3 = {
-    "hidden_size": 768,
-    "num_key_value_heads": 4,
-    "rms_norm_eps": 1e-6,
-    "num_experts": 4,
-    "num_experts_per_tok": 1,
-    "router_aux_loss_coef": 5e-4,
-    "inference_rope_scaling": False,
-    "image_ids": [12],
-    "image_token_len": 64,
-}
+# Release 3: its defaults in its own names, what it never varies in ours, and its YaRN.
+RELEASE_3 = {"hidden_size": 768, "num_key_value_heads": 4, "rms_norm_eps": 1e-6, "num_experts": 4}
+RELEASE_3 |= {"num_experts_per_tok": 1, "router_aux_loss_coef": 5e-4, "inference_rope_scaling": False}
+RELEASE_3 |= {"image_ids": [12], "image_token_len": 64}
+FIXED_3 = {"qk_norm": True, "projector": "mlp"}
+FIXED_3 |= {"n_shared_experts": 0, "norm_top1_prob": True, "seq_aux": False}
 YARN_3 = {"rope_type": "yarn", "factor": 16, "original_max_position_embeddings": 2048}
 YARN_3 |= {"beta_fast": 32, "beta_slow": 1, "attention_factor": 1.0}
 
@@ -214,11 +209,7 @@ def translated(config: dict[str, Any]) -> dict[str, Any]:
     tokens, width = config["image_token_len"], 64 * math.ceil(config["hidden_size"] * math.pi / 64)
     alike = {name: value for name, value in config.items() if name in MiniMindConfig.__annotations__}
     return alike | {
-        "qk_norm": True,
-        "projector": "mlp",
-        "n_shared_experts": 0,
-        "norm_top1_prob": True,
-        "seq_aux": False,
+        **FIXED_3,
         "intermediate_size": config.get("intermediate_size", width),
         "n_routed_experts": config["num_experts"],
         # Their statistic is k times ours.
