@@ -49,9 +49,7 @@ def user_errors(what: str = "") -> Iterator[None]:
         raise UserError(f"{what}: {message}" if what else message) from error
 
 
-def flag(
-    default: Any, help_text: str, choices: tuple[str, ...] | None = None, resumable: bool = False, **settings
-) -> Any:
+def flag(default: Any, help_text: str, choices: tuple = (), resumable: bool = False, **settings) -> Any:
     """A field that is a flag; a `resumable` one may change on resume. `settings` are argparse's own, but for
     `by_release`: what it becomes where it is not given (None)."""
     settings |= {"choices": choices} if choices else {}
