@@ -73,8 +73,7 @@ class StepSampler(Sampler):
         order = generator.permutation(len(self.lengths)) if self.shuffle else np.arange(len(self.lengths))
         window = self.step_rows * WINDOW_STEPS
         micros: list[np.ndarray] = []
-        for start in range(0, len(order), window):
-            part = order[start : start + window]
+        for part in np.split(order, range(window, len(order), window)):
             micros += self._micro_batches(part[np.argsort(self.lengths[part], kind="stable")])
         size = self.accumulation_steps
         steps = [micros[i : i + size] for i in range(0, len(micros), size)]
@@ -122,8 +121,7 @@ class StepDataset(Dataset):
             elif sample.supervised:
                 useful.append(sample)
             else:
-                limit = self.samples.max_length
-                skipped.append(f"{sample.where}: no supervised token within {limit} tokens")
+                skipped.append(f"{sample.where}: no supervised token within {self.samples.max_length} tokens")
         layout = self.pad_token_id, self.pack_length, self.length_multiple
         batch = collate(useful or [SILENT], *layout, self.samples.processor.tokens_per_image)
         return batch | {"rows": len(useful), "skipped": skipped, "where": [sample.where for sample in useful]}
