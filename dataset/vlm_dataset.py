@@ -114,15 +114,13 @@ class VLMDataset(Dataset):
         input_ids, labels, starts = cut(input_ids, labels, starts, tokens, self.max_length)
         paths = [resolve_image(image, *self.places) for image in row["images"][: len(starts)]]
         sample = Sample(input_ids, labels, images=paths, image_starts=starts, where=row["where"])
-        if not paths:
-            return sample
-        if self.features is not None:
+        if paths and self.features is not None:
             sample.image_features = torch.stack([self.features[path] for path in paths])
-            return sample
-        for path in paths:
-            if path not in pictures:
-                pictures[path] = self.pixels(open_image(path, row["where"], self.processor.image_size))
-        sample.pixel_values = torch.stack([pictures[path] for path in paths])
+        elif paths:
+            for path in paths:
+                if path not in pictures:
+                    pictures[path] = self.pixels(open_image(path, row["where"], self.processor.image_size))
+            sample.pixel_values = torch.stack([pictures[path] for path in paths])
         return sample
 
     def _encode(self, row: dict) -> tuple[list[int], list[int]]:
