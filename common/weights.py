@@ -30,13 +30,11 @@ SIZES = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads v
 
 FOLDER_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # of a transformers folder
 # Release 3: its defaults in its own names, what it never varies in ours, and its YaRN.
-RELEASE_3 = {"hidden_size": 768, "num_key_value_heads": 4, "rms_norm_eps": 1e-6, "num_experts": 4}
-RELEASE_3 |= {"num_experts_per_tok": 1, "router_aux_loss_coef": 5e-4, "inference_rope_scaling": False}
-RELEASE_3 |= {"image_ids": [12], "image_token_len": 64}
-FIXED_3 = {"qk_norm": True, "projector": "mlp"}
-FIXED_3 |= {"n_shared_experts": 0, "norm_top1_prob": True, "seq_aux": False}
-YARN_3 = {"rope_type": "yarn", "factor": 16, "original_max_position_embeddings": 2048}
-YARN_3 |= {"beta_fast": 32, "beta_slow": 1, "attention_factor": 1.0}
+RELEASE_3 = dict(hidden_size=768, num_key_value_heads=4, rms_norm_eps=1e-6, image_ids=[12])
+RELEASE_3 |= dict(num_experts=4, num_experts_per_tok=1, router_aux_loss_coef=5e-4, image_token_len=64)
+FIXED_3 = dict(qk_norm=True, projector="mlp", n_shared_experts=0, norm_top1_prob=True, seq_aux=False)
+YARN_3 = dict(rope_type="yarn", factor=16, original_max_position_embeddings=2048)
+YARN_3 |= dict(beta_fast=32, beta_slow=1, attention_factor=1.0)
 
 
 def weight_name(stage: str, hidden_size: int, use_moe: bool) -> str:
@@ -214,7 +212,7 @@ def translated(config: dict[str, Any]) -> dict[str, Any]:
         "n_routed_experts": config["num_experts"],
         # Their statistic is k times ours.
         "aux_loss_alpha": config["router_aux_loss_coef"] * config["num_experts_per_tok"],
-        "rope_scaling": YARN_3 if config["inference_rope_scaling"] else None,
+        "rope_scaling": YARN_3 if config.get("inference_rope_scaling") else None,
         "image_ids": config["image_ids"][:1] * tokens,
         "image_special_token": "<|image_pad|>" * tokens,
     }

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -25,7 +26,7 @@ from dataset.pixels import Pixels
 from model.model_vlm import MiniMindVLM
 from model.processing_vlm import MiniMindVLMProcessor
 
-SHARD_IMAGES = 1024
+SHARD_IMAGES = 1024  # a multiple of the next
 BATCH_IMAGES = 64
 VOLATILE = {"transformers_version", "_name_or_path", "dtype", "architectures"}  # decide no feature
 
@@ -54,7 +55,7 @@ class FeatureCache:
         self.places: dict[str, tuple[str, int]] = {}  # digest of an image file -> shard and row
         self.digests: dict[str, str] = {}  # path -> digest
 
-    def __getitem__(self, path: str) -> torch.Tensor:
+    def __getitem__(self, path: str) -> Tensor:
         """(P, W) fp16 of a picture that `find_missing` has been asked about."""
         shard, row = self.places[self.digests[path]]
         if self.shards[shard] is None:
@@ -127,36 +128,31 @@ def encode_missing(
     # By digest, not by place in the list: another rank may already have shortened that.
     share = [entry for entry in missing if int(entry[0], 16) % world_size == rank]
     pixels = Pixels(processor.image_processor)
-    workers["collate_fn"] = partial(_opened, pixels=pixels, image_size=processor.image_size)
-    digests, features = [], []
+    opened = partial(_opened, pixels=pixels, image_size=processor.image_size)
+    batches = DataLoader(share, BATCH_IMAGES, collate_fn=opened, **workers)
+    digests, features = [digest for digest, _ in share], []
     with tqdm(total=len(share), desc="encoding pictures", unit="image", disable=rank > 0 or not share) as bar:
-        for more, pictures in DataLoader(share, BATCH_IMAGES, **workers):
+        for number, pictures in enumerate(batches, start=1):
             if isinstance(pictures, DataError):
                 raise pictures
             pixel_values = pixels.normalised(pictures.to(model.device))  # (images, 3, H, W)
             encoded = model.get_image_embeddings(pixel_values, model.vision_encoder)
             features.append(_to_stored(encoded.cpu(), cache.dtype))
-            digests += more
-            bar.update(len(more))
-            if len(digests) == SHARD_IMAGES:
-                cache.write_shard(digests, np.concatenate(features))
-                digests, features = [], []
-    if digests:
-        cache.write_shard(digests, np.concatenate(features))
+            bar.update(len(pictures))
+            if len(features) == SHARD_IMAGES // BATCH_IMAGES or number == len(batches):
+                cache.write_shard(digests[:SHARD_IMAGES], np.concatenate(features))
+                digests, features = digests[SHARD_IMAGES:], []
 
 
-def _opened(
-    entries: list[tuple[str, Item]], pixels: Pixels, image_size: int | None
-) -> tuple[list[str], torch.Tensor | DataError]:
-    """Digests and pictures (images, 3, H, W). A DataError is not raised: a worker process would bury it."""
-    digests = [digest for digest, _ in entries]
+def _opened(entries: list[tuple[str, Item]], pixels: Pixels, image_size: int | None) -> Tensor | DataError:
+    """Pictures (images, 3, H, W). A DataError is not raised: a worker process would bury it."""
     try:
-        return digests, torch.stack([pixels(open_image(*item, image_size)) for _, item in entries])
+        return torch.stack([pixels(open_image(*item, image_size)) for _, item in entries])
     except DataError as error:
-        return digests, error
+        return error
 
 
-def _to_stored(features: torch.Tensor, dtype: str) -> np.ndarray:
+def _to_stored(features: Tensor, dtype: str) -> np.ndarray:
     """Features (images, P, W) as they lie on disk: (images, P, W) fp16, or (images,) records of "values"
     (P, W) int8 and "scales" (P,) fp16, the token's largest absolute value / 127."""
     if dtype == "float16":

@@ -30,8 +30,8 @@ class Pixels:
         self.crop = dict(given["crop_size"]) if "do_center_crop" in steps else {}
         self.resample = given.get("resample")
         self.scale = given["rescale_factor"] if "do_rescale" in steps else 1.0
-        given |= {} if "do_normalize" in steps else {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
-        self.mean_std = given["image_mean"], given["image_std"]
+        is_normed = "do_normalize" in steps
+        self.mean_std = (given["image_mean"], given["image_std"]) if is_normed else (0.0, 1.0)
         self.are_bytes = steps <= KNOWN and self.size.keys() in SIZES
         self.are_bytes = self.are_bytes and all(map(self._is_alike, ((64, 48), (48, 65))))
         if not self.are_bytes:
@@ -62,8 +62,8 @@ class Pixels:
 
     @lru_cache  # noqa: B019
     def _constants(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """(3, 1, 1) each; kept, as copying them again would stop a GPU's queue."""
-        return tuple(torch.tensor(value, device=device).view(3, 1, 1) for value in self.mean_std)
+        """(3, 1, 1) or (1, 1, 1) each; kept, as copying them again would stop a GPU's queue."""
+        return tuple(torch.tensor(value, device=device).view(-1, 1, 1) for value in self.mean_std)
 
     def _is_alike(self, size: tuple[int, int]) -> bool:
         """Whether both halves give what the image processor gives, for a picture of noise."""

@@ -19,18 +19,16 @@ def step_sampler(
     """This rank's rows; for evaluation, one micro-batch at a time in the same order always."""
     accumulation_steps = flags.accumulation_steps if training else 1
     split = flags.batch_size, accumulation_steps, run.rank, run.world_size
-    settings = {"shuffle": training, "tokens_per_batch": flags.tokens_per_batch}
-    return StepSampler(samples.lengths(), *split, flags.seed, **settings)
+    return StepSampler(samples.lengths(), *split, flags.seed, training, flags.tokens_per_batch)
 
 
 def planned_steps(sampler: StepSampler, flags: TrainingFlags) -> int:
     """Optimizer steps of the whole run: those of all epochs, or --max_steps if that is less."""
     steps = 0
     for epoch in range(flags.epochs):
-        steps += sampler.steps_of_epoch(epoch)
-        if flags.max_steps and steps >= flags.max_steps:
-            return flags.max_steps
-    return steps
+        if not flags.max_steps or steps < flags.max_steps:  # counting may take long
+            steps += sampler.steps_of_epoch(epoch)
+    return min(steps, flags.max_steps or steps)
 
 
 def step_loader(samples: VLMDataset, sampler: StepSampler, flags: TrainingFlags, run: Runtime) -> Iterator:

@@ -74,7 +74,7 @@ class Learner:
         figures = (own, sums.pop("aux_loss"), loss, norm, bad, mean, self.mean_loss)
         told = torch.stack([figure.to(mean.dtype) for figure in figures]).to("cpu", non_blocking=True)
         event = torch.cuda.current_stream().record_event() if loss.is_cuda else None
-        sums |= {"step": progress.step, "learnt_tokens": tokens}
+        sums |= {"step": progress.step, "learnt_tokens": tokens, "bad": ""}
         sums["where"] = [where for batch in micro_batches for where in batch["where"]]
         self.taken.append((sums, told, event))
 
@@ -86,8 +86,7 @@ class Learner:
             if event:
                 event.synchronize()  # the one place where the CPU waits for a GPU
             own, aux_loss, loss, norm, is_bad, mean, new_mean = told.tolist()
-            sums |= {"loss": own, "aux_loss": aux_loss, "grad_norm": norm, "bad": ""}
-            sums["learnt_rows"] = sums["rows"]
+            sums |= {"loss": own, "aux_loss": aux_loss, "grad_norm": norm, "learnt_rows": sums["rows"]}
             learnt = sums.pop("learnt_tokens")
             if is_bad:  # its numbers would spoil the means
                 sums |= {"loss": 0.0, "aux_loss": 0.0, "supervised_tokens": 0, "learnt_rows": 0}

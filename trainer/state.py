@@ -276,13 +276,12 @@ def check_settings(checkpoint: Checkpoint, settings: dict[str, Any], override: b
     """UserError that names what has changed; with `override`, a warning."""
     before = {"pixel_shuffle": 1} | checkpoint.about["settings"]  # older ones do not say it
     names = sorted(name for name in before.keys() & settings if before[name] != settings[name])
-    if not names:
-        return
     changed = [f"--{name} {before[name]!r} (now {settings[name]!r})" for name in names]
     what = f"{checkpoint.folder} was made with other flags: {', '.join(changed)}"
-    if not override:
+    if names and not override:
         raise UserError(f"{what}; --resume never starts over, --resume_override goes on with the new ones")
-    log.warning("warning: %s", what)
+    if names:
+        log.warning("warning: %s", what)
 
 
 def generator_states(device: torch.device) -> torch.Tensor:
