@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import gradio as gr
+from gradio.tunneling import CURRENT_TUNNELS
 from PIL import Image
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
@@ -95,8 +96,8 @@ def main() -> int:
         try:
             threading.Event().wait()
         finally:
-            demo.closing.set()
-            page.close(verbose=False)
+            for tunnel in CURRENT_TUNNELS:
+                tunnel.kill()
     return 0
 
 
@@ -135,4 +136,7 @@ def check_port(host: str, port: int) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    try:
+        run_main(main)
+    except SystemExit as end:  # now: the interpreter would wait for the threads of every page that is open
+        os._exit(end.code)

@@ -38,7 +38,6 @@ class Demo:
         self.first, self.device, self.dtypes, self.model_flags = first, device, dtypes, model_flags
         self.loaded: OrderedDict[tuple[str, int], tuple[MiniMindVLM, MiniMindVLMProcessor]] = OrderedDict()
         self.answering = threading.Lock()  # the page lets go of an answer before it has really ended
-        self.closing = threading.Event()
 
     def names(self) -> list[str]:
         return list(dict.fromkeys([self.first, *find_models(OUT_DIR)]))
@@ -92,8 +91,6 @@ class Demo:
                 yield gr.update(value=None), conversation.shown, conversation, seen, hidden, hidden
                 last = time.monotonic()
                 for _ in pieces:
-                    if self.closing.is_set():
-                        break
                     if time.monotonic() - last > FRAME:
                         yield gr.skip(), conversation.shown, *(gr.skip(),) * 4
                         last = time.monotonic()

@@ -331,8 +331,7 @@ def test_two_users_do_not_mix(world, server):
     assert said(second, "And in one word?") == "blue"
 
 
-@pytest.mark.slow  # Gradio waits 5 seconds for pages that are open, and a busy machine takes long to end
-def test_ctrl_c_in_the_middle_of_an_answer_ends_it_with_130(world, site):
+def test_ctrl_c_in_the_middle_of_an_answer_ends_it_with_130_whoever_is_connected(world, site):
     port = free_port()
     process = start(site, port)
     try:
@@ -347,7 +346,7 @@ def test_ctrl_c_in_the_middle_of_an_answer_ends_it_with_130(world, site):
         process.kill()
     assert process.returncode == 130
     assert "Traceback" not in errors
-    assert time.monotonic() - begun < 15
+    assert time.monotonic() - begun < 5  # Gradio alone waits for pages that are open
 
 
 def test_a_port_in_use_is_one_clear_line(weight, run):
