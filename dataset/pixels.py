@@ -51,7 +51,7 @@ class Pixels:
             width, height = self.crop["width"], self.crop["height"]
             left, top = (image.width - width) // 2, (image.height - height) // 2
             image = image.crop((left, top, left + width, top + height))  # black where there is no picture
-        return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy())
+        return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
 
     def normalised(self, pixels: torch.Tensor) -> torch.Tensor:
         """What the image processor makes of pictures whose bytes (N, 3, H, W) are given: fp32."""
