@@ -114,9 +114,10 @@ def runtime(device: str | None, seed: int):
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     chosen = _device(device)
     if world_size > 1:
-        backend, device_id = ("cpu:gloo,cuda:nccl", chosen) if chosen.type == "cuda" else ("gloo", None)
-        ranks = {"rank": rank, "world_size": world_size, "device_id": device_id}
-        dist.init_process_group(backend, store=_store(), timeout=SETUP_TIMEOUT, **ranks)
+        a_gpu_each = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) <= torch.cuda.device_count()
+        nccl = chosen.type == "cuda" and a_gpu_each  # which several ranks on one do not have
+        backend, own = ("cpu:gloo,cuda:nccl", {"device_id": chosen}) if nccl else ("gloo", {})
+        dist.init_process_group(backend, None, SETUP_TIMEOUT, world_size, rank, _store(), **own)
         _kept_groups.append(dist.group.WORLD)
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002  libraries draw from it
@@ -143,7 +144,8 @@ def _device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
         if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            gpus = max(torch.cuda.device_count(), 1)
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % gpus)
         torch.empty(1, device=device)
         if not torch.amp.is_autocast_available(device.type):  # meta is there, but holds no numbers
             raise RuntimeError("nothing can be computed on it")

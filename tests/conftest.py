@@ -4,7 +4,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -16,6 +17,7 @@ import torch
 import transformers.dynamic_module_utils
 from entry_points import ROOT, EntryPoint, start_server
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoImageProcessor,
     AutoTokenizer,
@@ -27,13 +29,15 @@ from transformers import (
 )
 
 from common.setup import build_vlm
-from common.weights import describe, half_state, save_weights
+from common.weights import describe, half_state, save_weights, translated
 from dataset.collate import collate
 from dataset.vlm_dataset import VLMDataset
+from model.model_vlm import MiniMindVLM, VLMConfig, load_weights
 from model.processing_vlm import MiniMindVLMProcessor
 from trainer.learner import model_inputs
 
-TINY_ENCODER = ROOT / "tests/golden/clip"  # hidden 64, 196 patch tokens
+GOLDEN = ROOT / "tests/golden"
+TINY_ENCODER = GOLDEN / "clip"  # hidden 64, 196 patch tokens
 COLOURS = ("blue", "green", "red", "yellow")
 THINGS = ["cat", "red bus", "old clock", "tree", "dog", "boat", "cup", "bird"]
 
@@ -142,6 +146,54 @@ def weight(world, tokenizer) -> Path:
         describe(model, tokenizer, "sft_vlm", 1, {"vision_model_path": str(TINY_ENCODER)}),
     )
     return path
+
+
+def golden_model(name: str) -> tuple[MiniMindVLM, dict]:
+    """A model of either release, built from the config in that release's own names, and what is expected of
+    it (tests/golden/README.md)."""
+    expected = torch.load(GOLDEN / f"{name}_golden.pt", weights_only=True)
+    is_new = name.startswith("v3/")
+    config = VLMConfig(**translated(expected["config"]) if is_new else expected["config"])
+    encoder = GOLDEN / "v3/siglip" if is_new else GOLDEN / "clip"
+    model = MiniMindVLM(config, vision_model_path=encoder).eval()
+    load_weights(model, torch.load(GOLDEN / f"{name}.pth", weights_only=True))
+    expected["pixel_values"] = expected["pixel_values"].float()
+    return model, expected
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """For tests marked `gpu`."""
+    name = os.environ.get("GPU_TESTS_ON", "cuda" if torch.cuda.is_available() else "")
+    if not name:
+        pytest.skip("there is no GPU; GPU_TESTS_ON=cpu runs it on the CPU")
+    return torch.device(name, 0 if name == "cuda" else None)
+
+
+@pytest.fixture
+def exact(monkeypatch) -> None:
+    """float32 is float32: convolutions would use TF32, with 10 bits of mantissa."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+class Syncs(TorchDispatchMode):
+    """Notes the operations for which the CPU would have to wait for a GPU, but for those that are called
+    within one of the functions `known`."""
+
+    WAITS = "_local_scalar_dense nonzero equal masked_select bincount _unique2 repeat_interleave".split()
+
+    def __init__(self, known: Iterable[str] = ()):
+        super().__init__()
+        self.known, self.found = set(known), []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        name = function.name().removeprefix("aten::").split(".")[0]
+        masks = arguments[1] if name in ("index", "index_put_", "_index_put_impl_") else ()
+        if name in self.WAITS or any(mask is not None and mask.dtype == torch.bool for mask in masks):
+            callers = [frame.name for frame in traceback.extract_stack()]
+            if not self.known & set(callers):
+                self.found.append((name, callers[-6:-1]))
+        return function(*arguments, **(options or {}))
 
 
 TINY_VIT = dict(

@@ -87,14 +87,13 @@ class Learner:
                 event.synchronize()  # the one place where the CPU waits for a GPU
             own, aux_loss, loss, norm, is_bad, mean, new_mean = told.tolist()
             sums |= {"loss": own, "aux_loss": aux_loss, "grad_norm": norm, "learnt_rows": sums["rows"]}
-            learnt = sums.pop("learnt_tokens")
             if is_bad:  # its numbers would spoil the means
                 sums |= {"loss": 0.0, "aux_loss": 0.0, "supervised_tokens": 0, "learnt_rows": 0}
                 spike = f"loss {loss:.4g} is above {self.flags.loss_spike or 0:g} times its mean {mean:.4g}"
                 is_finite = math.isfinite(loss) and math.isfinite(norm)
                 sums["bad"] = spike if is_finite else f"loss {loss:.4g}, gradient norm {norm:.4g}"
-            elif learnt:
-                progress.learnt_tokens += learnt
+            elif sums["learnt_tokens"]:
+                progress.learnt_tokens += sums["learnt_tokens"]
                 progress.mean_loss = new_mean
             progress.bad_steps += bool(is_bad)
             progress.bad_in_a_row = progress.bad_in_a_row + 1 if is_bad else 0

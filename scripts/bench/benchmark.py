@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,15 +25,16 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
-from transformers import CLIPVisionConfig
+from transformers import CLIPVisionConfig, SiglipVisionConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmark_scaling import json_line, scale, scaling_table
-from published import PublishedVLM, work_as_published
+from plot_benchmark import plot
+from published import PublishedVLM, working_as_published
 
-import dataset.collate
 from common.distributed import autocast, peak_memory_bytes, resolve_dtype, runtime
 from common.setup import TOKENIZERS, place, special_ids
 from common.tokenizer import load_tokenizer
@@ -50,13 +51,23 @@ from trainer.stage import set_trainable
 ROOT = Path(__file__).resolve().parents[2]
 # Longest row, mean row in tokens: so that 58 % and 65 % of a batch of the published scripts is padding.
 LENGTHS = {"pretrain": (640, 269), "sft": (1536, 538), "moe": (640, 269), "inference": (640, 269)}
+LENGTHS["release3"] = (768, 330)  # fine-tuning 768 x 8, 64 tokens a picture
 SPREAD = 0.5  # standard deviation of the logarithm of a row's text length
-BATCH_SIZES = {"pretrain": 8, "sft": 4, "moe": 4, "inference": 4}  # what fits 24 GiB in all modes at once
-TRAINABLE = {"pretrain": "proj", "sft": "proj_llm", "moe": "proj"}  # of the release's code
-STAGES = ("pretrain", "sft", "moe", "inference")
+BATCH_SIZES = {
+    "pretrain": 8,
+    "sft": 4,
+    "moe": 4,
+    "release3": 4,
+    "inference": 4,
+}  # what fits 24 GiB in all modes at once
+# Of the releases' code.
+TRAINABLE = {"pretrain": "proj", "sft": "proj_llm", "moe": "proj", "release3": "proj_first_last"}
+RELEASE_3 = {"num_key_value_heads": 4, "qk_norm": True, "projector": "mlp"}
+STAGES = ("pretrain", "sft", "moe", "release3", "inference")
 MODES = ("published", "default", "cached")  # inference has no use for a cache
 MEASURED = ("samples_per_second", "tokens_per_second", "padding", "utilization", "ratio")
 ANSWER_TOKENS = 32
+PICTURES = 1000  # distinct ones, at most
 
 
 def main() -> None:
@@ -105,14 +116,15 @@ def main() -> None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=2, default=str) + "\n")
     if options.plot:
-        plot(report, options.plot)
+        plot(report["stages"], options.plot)
 
 
 def write_rows(folder: Path, stage: str, options: Namespace) -> None:
     """A JSONL file for each repeat: steps spread over those that all `options.rows` rows, sorted, make."""
     longest, mean = LENGTHS[stage]
     rng = np.random.default_rng(1337)
-    text = mean - 196 - 30  # without the picture and the words of the chat
+    picture = 64 if stage == "release3" else 196
+    text = mean - picture - 30  # without the picture and the words of the chat
     lengths = text * rng.lognormal(-(SPREAD**2) / 2, SPREAD, options.rows)
     size = options.batch_size
     steps = np.argsort(lengths)[: options.rows // size * size].reshape(-1, size)  # rows of each step
@@ -124,13 +136,13 @@ def write_rows(folder: Path, stage: str, options: Namespace) -> None:
         chosen = steps[places.astype(int)].flatten()
         with (folder / f"{stage}_{repeat}.jsonl").open("w") as file:
             for number in rng.permutation(chosen):
-                picture = folder / "images" / f"{number}.jpg"
-                if not picture.exists():
+                path = folder / "images" / f"{number % PICTURES}.jpg"
+                if not path.exists():
                     coarse = rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)
-                    Image.fromarray(coarse).resize((320, 240)).save(picture)
-                count = max(1, round(min(lengths[number], longest - 230) / tokens_per_word))
+                    Image.fromarray(coarse).resize((320, 240)).save(path)
+                count = max(1, round(min(lengths[number], longest - picture - 34) / tokens_per_word))
                 answer = " and ".join(words[i] for i in rng.integers(0, len(words), count))
-                file.write(json_line("What is here?", answer, picture))
+                file.write(json_line("What is here?", answer, path))
 
 
 # One stage: a process for each mode, which take turns
@@ -190,15 +202,14 @@ class Bench:
 
     def __init__(self, stage: str, mode: str, folder: Path, options: Namespace, run: Any):
         self.stage, self.mode, self.folder, self.options, self.run = stage, mode, folder, options, run
-        self.counter = CountingCollate(LENGTHS[stage][0] if mode == "published" else None)
-        dataset.collate.collate = self.counter
         kind = PublishedVLM if mode == "published" and stage != "inference" else MiniMindVLM
-        model, self.processor = random_vlm(options, use_moe=stage == "moe", kind=kind)
-        dtype = "float32" if mode == "published" else options.dtype
+        model, self.processor = random_vlm(options, stage, kind)
+        # On a GPU the releases ran under autocast, the encoder included.
+        as_published = "float32" if run.device.type == "cpu" else "bfloat16"
+        dtype = as_published if mode == "published" else options.dtype
         place(model, run.device, dtype)
-        self.model = model
-        if mode == "published":
-            work_as_published()
+        model.register_forward_pre_hook(self.count, with_kwargs=True)
+        self.model, self.positions = model, 0
         if stage != "inference":
             set_trainable(self.model, TRAINABLE[stage])
         learning = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
@@ -210,9 +221,12 @@ class Bench:
             max_seq_len=LENGTHS[stage][0],
             dtype=dtype,
             compile=options.compile and mode != "published",
-            num_workers=0,  # on two cores a second process would take from what is measured
+            num_workers=getattr(options, "num_workers", 0),  # on two cores they take from what is measured
             log_interval=10**9,
         )
+
+    def count(self, _model: Any, _arguments: tuple, inputs: dict) -> None:
+        self.positions += inputs["input_ids"].numel()  # padding included
 
     def warm_up(self) -> dict[str, float]:
         """Runs once, and returns the floating-point operations that a sample needs: matrix products only."""
@@ -227,23 +241,25 @@ class Bench:
             self.train(samples)
             return {}
         with FlopCounterMode(display=False) as counter:
-            self.train(samples)
-        return {"flops_per_sample": counter.get_total_flops() / len(samples)}
+            steps = self.train(samples, max_steps=getattr(self.options, "counted_steps", None))
+        return {"flops_per_sample": counter.get_total_flops() / sum(step["rows"] for step in steps)}
 
     def measure(self, repeat: int) -> dict[str, Any]:
         return self.answer(repeat) if self.stage == "inference" else self.learn(repeat)
 
-    def learn(self, repeat: int) -> dict[str, Any]:
+    def learn(self, repeat: int, max_steps: int | None = None) -> dict[str, Any]:
         samples = self.samples(repeat)
-        self.counter.positions = 0
+        self.positions = 0
         start = time.perf_counter()
-        steps = self.train(samples)
-        seconds = time.perf_counter() - start
-        tokens = sum(step["tokens"] for step in steps)
+        steps = self.train(samples, max_steps)
+        # Workers start, and fill their queue, during the first steps.
+        first = len(steps) // 4 if self.flags.num_workers else 0
+        seconds = steps[-1]["at"] - (steps[first - 1]["at"] if first else start)
+        rows, tokens = (sum(step[name] for step in steps[first:]) for name in ("rows", "tokens"))
         return {
-            "samples_per_second": len(samples) / seconds,
+            "samples_per_second": rows / seconds,
             "tokens_per_second": tokens / seconds,
-            "padding": 1 - tokens / self.counter.positions,
+            "padding": 1 - sum(step["tokens"] for step in steps) / self.positions,
             "losses": [float(step["loss"]) / step["supervised_tokens"] for step in steps],
         }
 
@@ -255,11 +271,17 @@ class Bench:
         def nothing(*_: Any) -> None: ...
 
         checkpoints = SimpleNamespace(failure=None, save=nothing, wait=nothing)
-        metrics = SimpleNamespace(step=lambda **told: steps.append(told), report=nothing)
+        metrics = SimpleNamespace(report=nothing)
+        metrics.step = lambda **told: steps.append(told | {"at": time.perf_counter()})
         vars(metrics).update(failure=None, state=dict, paused=nullcontext, bad="")
         total_steps = planned_steps(step_sampler(samples, self.flags, self.run), self.flags)
-        train(self.model, samples, None, self.flags, self.run, metrics, checkpoints, total_steps)
+        with self.working():
+            train(self.model, samples, None, self.flags, self.run, metrics, checkpoints, total_steps)
         return steps
+
+    def working(self) -> AbstractContextManager:
+        is_published = self.mode == "published"
+        return working_as_published(LENGTHS[self.stage][0]) if is_published else nullcontext()
 
     def samples(self, repeat: int) -> VLMDataset:
         path = self.folder / f"{self.stage}_{repeat}.jsonl"
@@ -277,7 +299,7 @@ class Bench:
         size = 1 if self.mode == "published" else self.options.batch_size
         self.model.eval()
         start, tokens = time.perf_counter(), 0
-        with autocast(self.flags.dtype, self.run.device):
+        with self.working(), autocast(self.flags.dtype, self.run.device):
             for first in range(0, len(questions), size):
                 batch = questions[first : first + size]
                 features = encode_pictures(self.model, self.processor, batch, size)
@@ -293,28 +315,21 @@ class Bench:
 
 
 def random_vlm(
-    options: Namespace, use_moe: bool = False, kind: type[MiniMindVLM] = MiniMindVLM
+    options: Namespace, stage: str = "pretrain", kind: type[MiniMindVLM] = MiniMindVLM
 ) -> tuple[MiniMindVLM, MiniMindVLMProcessor]:
     """A model of the sizes in `options` with random weights, its encoder's too, and its processor."""
     tokenizer = load_tokenizer(str(ROOT / TOKENIZERS[2]))
     sizes = {"hidden_size": options.hidden_size, "num_hidden_layers": options.num_hidden_layers}
     vision = CLIPVisionConfig(patch_size=16, num_hidden_layers=options.vision_layers)
-    sizes |= {"use_moe": use_moe, "pixel_shuffle": getattr(options, "pixel_shuffle", 1)}
+    image_processor = CLIPImageProcessorPil()
+    if stage == "release3":
+        sizes |= {**RELEASE_3, "hidden_size": options.hidden_size * 3 // 2}
+        vision = SiglipVisionConfig(image_size=256, patch_size=32, num_hidden_layers=options.vision_layers)
+        image_processor = SiglipImageProcessorPil(size={"height": 256, "width": 256})
+    sizes |= {"use_moe": stage == "moe", "pixel_shuffle": getattr(options, "pixel_shuffle", 1)}
     config = VLMConfig(**sizes, **special_ids(tokenizer), vision_config=vision)
     tokens = {"tokens_per_image": len(config.image_ids)}
-    return kind(config, None), MiniMindVLMProcessor(CLIPImageProcessorPil(), tokenizer, **tokens)
-
-
-class CountingCollate:
-    """The loop's collate, which counts positions, padding included; to a fixed length if one is given."""
-
-    def __init__(self, length: int | None):
-        self.length, self.collate, self.positions = length, dataset.collate.collate, 0
-
-    def __call__(self, rows: list, pad: int, pack: int | None, multiple: int, tokens_per_image: int) -> dict:
-        batch = self.collate(rows, pad, pack, self.length or multiple, tokens_per_image)
-        self.positions += batch["input_ids"].numel()
-        return batch
+    return kind(config, None), MiniMindVLMProcessor(image_processor, tokenizer, **tokens)
 
 
 # Figures
@@ -361,33 +376,6 @@ def table(stage: str, results: dict[str, dict]) -> str:
         )
         lines.append(f"{mode:<10}" + "".join(f"{cell:>13}" for cell in cells))
     return "\n".join(lines)
-
-
-def plot(report: dict, path: Path) -> None:
-    """Bars: how many times as fast as published; whiskers from the lowest to the highest repeat."""
-    try:
-        import matplotlib
-    except ImportError:
-        sys.exit("error: --plot needs the package matplotlib: pip install matplotlib")
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for number, mode in enumerate(MODES):
-        found = [(i, s[mode]["ratio"]) for i, s in enumerate(report["stages"].values()) if mode in s]
-        heights = [statistics.median(ratios) for _, ratios in found]
-        whiskers = [
-            [h - min(r) for h, (_, r) in zip(heights, found, strict=True)],
-            [max(r) - h for h, (_, r) in zip(heights, found, strict=True)],
-        ]
-        axes.bar(
-            [i + 0.27 * (number - 1) for i, _ in found], heights, 0.25, yerr=whiskers, label=mode, capsize=3
-        )
-    axes.set_xticks(range(len(report["stages"])), list(report["stages"]))
-    axes.set_ylabel("speed, published = 1")
-    axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

@@ -3,19 +3,34 @@
 Shapes: B batch, T tokens, S tokens seen, C hidden size, H heads, D head size.
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 
+import dataset.collate
 import model.model_minimind as minimind
 from model.model_vlm import MiniMindVLM
 
 
-def work_as_published() -> None:
-    """From now on the models of this process attend step by step, and their experts take turns."""
-    minimind.Attention.forward = attention_step_by_step
-    minimind.MoE._routed = experts_one_by_one
+@contextlib.contextmanager
+def working_as_published(length: int) -> Iterator[None]:
+    """Inside, the models of this process attend step by step, their experts take turns, and rows are padded
+    to `length` tokens."""
+    ours = dataset.collate.collate
+
+    def padded(rows: list, pad: int, pack: int | None, multiple: int, tokens_per_image: int) -> dict:
+        return ours(rows, pad, pack, length, tokens_per_image)
+
+    with (
+        mock.patch.object(minimind.Attention, "forward", attention_step_by_step),
+        mock.patch.object(minimind.MoE, "_routed", experts_one_by_one),
+        mock.patch.object(dataset.collate, "collate", padded),
+    ):
+        yield
 
 
 class PublishedVLM(MiniMindVLM):
@@ -36,10 +51,13 @@ def attention_step_by_step(self, hidden, rope, mask, past_key_values, output_att
         projection(hidden).view(B, T, -1, self.head_dim).transpose(1, 2)
         for projection in (self.q_proj, self.k_proj, self.v_proj)
     )
-    query, key = minimind.rotate(query, *rope), minimind.rotate(key, *rope)
+    query, key = minimind.rotate(self.q_norm(query), *rope), minimind.rotate(self.k_norm(key), *rope)
     if past_key_values is not None:
         key, value = past_key_values.update(key, value, self.layer_index)
     key, value = key.repeat_interleave(self.groups, 1), value.repeat_interleave(self.groups, 1)
+    if hidden.is_cuda and T > 1:  # there its `flash_attn` pays
+        output = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return self.resid_dropout(self.o_proj(output.transpose(1, 2).reshape(B, T, C))), None
     scores = query @ key.transpose(-2, -1) / math.sqrt(self.head_dim)  # (B, H, T, S)
     S = key.shape[2]
     scores = scores + torch.full((T, S), -math.inf, device=hidden.device).triu(S - T + 1)
@@ -52,5 +70,5 @@ def experts_one_by_one(self, tokens, choices, weights):
     repeated, chosen = tokens.repeat_interleave(k, dim=0), choices.flatten()
     output = torch.zeros_like(repeated)
     for number, expert in enumerate(self.experts):
-        output[chosen == number] = expert(repeated[chosen == number])
+        output[chosen == number] = expert(repeated[chosen == number]).to(output.dtype)
     return (output.view(*weights.shape, -1) * weights.unsqueeze(-1)).sum(1)

@@ -11,7 +11,6 @@ import pytest
 import torch
 from conftest import ROOT
 
-import dataset.collate
 from common.distributed import runtime
 
 sys.path.insert(0, str(ROOT / "scripts/bench"))
@@ -93,9 +92,8 @@ def test_the_encoders_share_is_read_when_its_work_is_done(monkeypatch: pytest.Mo
     assert found["encoder_share"] * found["first_token_seconds"] >= 0.2
 
 
-def test_a_repeat_trains_and_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """In this process, for the mode that changes nothing but the collate function."""
-    monkeypatch.setattr("dataset.collate.collate", dataset.collate.collate)
+def test_a_repeat_trains_and_counts(tmp_path: Path):
+    """In this process, for the mode that changes nothing."""
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "vision_layers": 1, "batch_size": 2}
     options = Namespace(**sizes, rows=8, steps=2, repeats=1, dtype="float32", compile=False)
     benchmark.write_rows(tmp_path, "sft", options)

@@ -2,28 +2,14 @@
 
 import pytest
 import torch
-from conftest import ROOT
-
-from common.weights import translated
-from model.model_vlm import MiniMindVLM, VLMConfig, load_weights
-
-GOLDEN = ROOT / "tests/golden"
-
+from conftest import golden_model
 
 RELEASE_3 = "dense3 dense3_headdim dense3_yarn dense3_yarn_short moe3 moe3_top1_raw moe3_top2 moe3_top2_raw"
 
 
 @pytest.fixture(scope="module", params=["dense", "moe", *(f"v3/{name}" for name in RELEASE_3.split())])
 def golden(request):
-    """A model of either release, built from the config in that release's own names."""
-    expected = torch.load(GOLDEN / f"{request.param}_golden.pt", weights_only=True)
-    is_new = request.param.startswith("v3/")
-    config = VLMConfig(**translated(expected["config"]) if is_new else expected["config"])
-    encoder = GOLDEN / "v3/siglip" if is_new else GOLDEN / "clip"
-    model = MiniMindVLM(config, vision_model_path=encoder).eval()
-    load_weights(model, torch.load(GOLDEN / f"{request.param}.pth", weights_only=True))
-    expected["pixel_values"] = expected["pixel_values"].float()
-    return model, expected
+    return golden_model(request.param)
 
 
 def test_logits_with_images(golden):

@@ -141,6 +141,42 @@ def test_what_a_batch_tells_is_what_the_model_would_find(data, processor, config
     assert torch.allclose(told.logits[mask.bool()], found.logits[mask.bool()], atol=1e-5)
 
 
+ON_THE_CPU = ("_routed", "_balance_loss")  # one_hot looks at its input there, and experts come in slices
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("pack_length", [None, 900], ids=["apart", "packed"])
+@pytest.mark.parametrize(
+    ("config", "known"), [({}, ()), ({"use_moe": True}, ON_THE_CPU)], ids=["dense", "moe"]
+)
+def test_nothing_inside_a_step_would_wait_for_a_gpu(data, processor, config, known, pack_length, dtype):
+    from conftest import TINY_ENCODER, Syncs
+
+    full = MiniMindVLMProcessor(processor.image_processor, processor.tokenizer, tokens_per_image=196)
+    samples = VLMDataset([data / "dialogues.jsonl"], full, 1024, data / "images")
+    batches = StepDataset(samples, 0, pack_length)[[[0, 1, 2, 3], [4, 5, 6, 7]]]
+    flags = TrainingFlags(data_path=["x"], dtype=dtype, loss_spike=3.0)
+    run = Runtime(torch.device("cpu"))
+    learner = Learner(tiny_model(TINY_ENCODER, **config), flags, run, samples.pixels)
+    totals, progress = count(batches, run), Progress()
+    with Syncs(known) as syncs:
+        for _ in range(2):
+            learner.step(batches, totals, 1e-3, progress)
+    assert syncs.found == []
+    assert [sums["bad"] for sums in learner.settle(progress)] == ["", ""]
+
+
+def test_looking_at_a_number_is_seen_as_waiting():
+    from conftest import Syncs
+
+    values = torch.arange(4.0)
+    with Syncs() as syncs:
+        bool((values > 2).any())
+        values[values > 2]
+        values.nonzero()
+    assert [name for name, _ in syncs.found] == ["_local_scalar_dense", "index", "nonzero"]
+
+
 def test_a_step_is_told_while_the_next_one_runs(data, processor):
     samples = VLMDataset([data / "texts.jsonl"], processor, 64)
     (batch,) = StepDataset(samples, 0)[[[0, 1, 2]]]

@@ -1,0 +1,76 @@
+"""scripts/bench/gpu.sh on the CPU: every part runs, figures fit together, and what is missing is said."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+PARTS = {"about", "tests", "peak", "stages", "compiled", "batch", "loader", "answers", "recipe"}
+
+
+def gpu(out: Path, *arguments: str, timeout: float = 280, **environment: str) -> subprocess.CompletedProcess:
+    command = ["bash", "scripts/bench/gpu.sh", "--device", "cpu", "--tiny", "--out_dir", str(out), *arguments]
+    environment = os.environ | {"PYTHON": sys.executable} | environment
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_part_runs_and_its_figures_fit_together(tmp_path):
+    done = gpu(tmp_path, "--minutes", "20", timeout=880)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert report.keys() == PARTS | {"flags"}
+    assert report["tests"]["failed"] == {} and report["tests"]["passed"] > 25
+    for stage in ("pretrain", "sft", "moe", "release3"):
+        modes = report["stages"][stage]
+        assert modes.keys() == {"published", "default", "cached", "compiled"}
+        for mode in modes.values():
+            assert mode["ratio"] == pytest.approx(
+                mode["samples_per_second"] / modes["published"]["samples_per_second"]
+            )
+            assert 0 < mode["utilization"] < 1
+        parts = modes["default"]["parts"]
+        step = report["stages"][stage]["default"]["rows_a_step"] / modes["default"]["samples_per_second"]
+        assert sum(parts.values()) == pytest.approx(step) and min(parts.values()) >= 0
+        assert f"| {stage}, compiled | {modes['compiled']['samples_per_second']:.1f} |" in done.stdout
+    assert report["batch"]["sft"]["rows"] == 4  # the most that it tries at this size
+    assert report["loader"]["1 workers"] > 1 and report["answers"]["tokens_per_second"] > 1
+    hours = report["recipe"]["hours on a 3090 (estimate)"]
+    assert hours["both"] == pytest.approx(hours["pretrain"] + hours["sft"]) and hours["both"] > 0
+    assert (tmp_path / "gpu.md").read_text() in done.stdout
+
+
+def test_single_parts_and_the_end_of_the_time(tmp_path):
+    done = gpu(tmp_path, "--parts", "about", "peak", "--minutes", "1")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert report["about"]["torch"] in done.stdout and report["peak"]["flops"] > 1e9
+    done = gpu(tmp_path, "--parts", "peak", "--minutes", "0")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "gpu.json").read_text())["peak"]["skipped"] == "the 0 minutes were over"
+
+
+def test_wheels_that_are_brought_come_first_and_are_needed_in_the_right_version(tmp_path):
+    with zipfile.ZipFile(tmp_path / "datasets-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(
+            "datasets-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: datasets\nVersion: 1.0\n"
+        )
+        wheel.writestr("../outside.py", "")
+    done = gpu(tmp_path / "out", "--parts", "about", GPU_WHEELS=str(tmp_path))
+    assert done.returncode == 1 and not (tmp_path / "out").exists()
+    pin = next(
+        line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("datasets=")
+    )
+    assert "error: datasets 1.0, expected >=5: bring wheels of " in done.stderr and pin in done.stderr
+    assert not list(tmp_path.parent.glob("outside.py")) and "Traceback" not in done.stderr
+
+
+def test_a_folder_without_wheels_is_one_line(tmp_path):
+    done = gpu(tmp_path / "out", GPU_WHEELS=str(tmp_path))
+    assert done.returncode == 1 and done.stderr == f"error: GPU_WHEELS: no wheel in {tmp_path}\n"
