@@ -24,9 +24,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 NEEDED = "torch transformers datasets huggingface_hub pyarrow pytest".split()
 # What a machine with torch alone lacks, and what these need in turn.
-WHEELS = (
-    "transformers tokenizers huggingface_hub hf-xet datasets dill multiprocess httpx2 httpcore2 truststore"
-)
+WHEELS = "transformers tokenizers huggingface_hub hf-xet datasets dill multiprocess httpx2 httpcore2"
+WHEELS += " truststore rich"
 SHARES = {"about": 0.02, "tests": 0.3, "peak": 0.02, "stages": 0.45, "compiled": 0.7, "batch": 0.5}
 SHARES |= {"loader": 0.5, "answers": 0.5, "recipe": 1.0}  # of the time that is left, at most
 TABLE = ("samples/s", "tokens/s", "of peak", "memory", "ratio", "waiting", "launching", "computing")
