@@ -11,11 +11,12 @@ import json
 import logging
 import os
 import platform
+import re
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ NEEDED = "torch transformers datasets huggingface_hub pyarrow pytest".split()
 # What a machine with torch alone lacks, and what these need in turn.
 WHEELS = "transformers tokenizers huggingface_hub hf-xet datasets dill multiprocess httpx2 httpcore2"
 WHEELS += " truststore rich"
-SHARES = {"about": 0.02, "tests": 0.3, "peak": 0.02, "stages": 0.45, "compiled": 0.7, "batch": 0.5}
+SHARES = {"about": 0.02, "tests": 0.4, "peak": 0.02, "stages": 0.45, "compiled": 0.7, "batch": 0.5}
 SHARES |= {"loader": 0.5, "answers": 0.5, "recipe": 1.0}  # of the time that is left, at most
 TABLE = ("samples/s", "tokens/s", "of peak", "memory", "ratio", "waiting", "launching", "computing")
 
@@ -94,7 +95,7 @@ def ask(flags: argparse.Namespace, folder: Path) -> dict[str, Any]:
         context = gpu_parts.Context(run, gpu_parts.sizes(flags.tiny), folder, report, save)
         asked: dict[str, Callable[[], Any]] = {
             "about": lambda: about(run.device),
-            "tests": lambda: gpu_tests(run.device, folder, context.until - time.monotonic()),
+            "tests": lambda: gpu_tests(run.device, context.until - time.monotonic()),
             "peak": lambda: gpu_parts.peak(context),
             "stages": lambda: gpu_parts.stages(context),
             "compiled": lambda: gpu_parts.compiled(context),
@@ -141,34 +142,42 @@ def about(device: Any) -> dict[str, Any]:
     return found
 
 
-def gpu_tests(device: Any, folder: Path, seconds: float) -> dict[str, Any]:
-    """tests/gpu in a process of its own: how many passed, and the first line of every failure."""
-    results = folder / "tests.xml"
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/gpu", f"--junitxml={results}"]
+def gpu_tests(device: Any, seconds: float) -> dict[str, Any]:
+    """tests/gpu in a process of its own: how many passed, those that were skipped, and why others failed; so
+    far, where it takes longer than `seconds`."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-v",
+        "-rfE",
+        "-m",
+        "gpu",
+        "tests/gpu",
+        "-p",
+        "no:cacheprovider",
+    ]
     environment = os.environ | {"GPU_TESTS_ON": device.type}
-    try:
-        done = subprocess.run(
-            [*command, "-p", "no:cacheprovider"],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=seconds,
-        )
-    except subprocess.TimeoutExpired:
-        return {"error": f"not through in {seconds:.0f} s"}
-    if not results.is_file():
-        return {"error": (done.stdout + done.stderr)[-2000:]}
-    found: dict[str, Any] = {"passed": 0, "skipped": {}, "failed": {}}
-    for case in ElementTree.parse(results).getroot().iter("testcase"):
-        name, outcomes = case.get("name"), {child.tag: child.get("message", "") for child in case}
-        if message := outcomes.get("failure", outcomes.get("error")):
-            found["failed"][name] = message.splitlines()[0]
-        elif "skipped" in outcomes:
-            found["skipped"][name] = outcomes["skipped"]
-        else:
-            found["passed"] += 1
-    return found | ({"error": f"{len(found['failed'])} tests failed"} if found["failed"] else {})
+    settings = {"cwd": ROOT, "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(command, **settings, start_new_session=True) as process:
+        try:
+            told, _ = process.communicate(timeout=seconds)
+            problem = ""
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # and what a test has started
+            told, _ = process.communicate()
+            problem = f"not through in {seconds:.0f} s"
+    lines = told.decode(errors="replace").splitlines()
+    outcomes = [
+        found.groups() for line in lines if (found := re.match(r"(tests/\S+::.*) (PASSED|SKIPPED)", line))
+    ]
+    found = {"passed": sum(how == "PASSED" for _, how in outcomes)}
+    found["skipped"] = [name for name, how in outcomes if how == "SKIPPED"]
+    found["failed"] = [line for line in lines if line.startswith(("FAILED ", "ERROR "))]
+    if not (outcomes or problem):
+        problem = "\n".join(lines[-20:])
+    problem = problem or (f"{len(found['failed'])} tests failed" if found["failed"] else "")
+    return found | ({"error": problem} if problem else {})
 
 
 def table(report: dict[str, Any]) -> str:

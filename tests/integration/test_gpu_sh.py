@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -26,7 +27,7 @@ def test_every_part_runs_and_its_figures_fit_together(tmp_path):
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "gpu.json").read_text())
     assert report.keys() == PARTS | {"flags"}
-    assert report["tests"]["failed"] == {} and report["tests"]["passed"] > 25
+    assert report["tests"]["failed"] == [] and report["tests"]["passed"] > 25
     for stage in ("pretrain", "sft", "moe", "release3"):
         modes = report["stages"][stage]
         assert modes.keys() == {"published", "default", "cached", "compiled"}
@@ -44,6 +45,13 @@ def test_every_part_runs_and_its_figures_fit_together(tmp_path):
     hours = report["recipe"]["hours on a 3090 (estimate)"]
     assert hours["both"] == pytest.approx(hours["pretrain"] + hours["sft"]) and hours["both"] > 0
     assert (tmp_path / "gpu.md").read_text() in done.stdout
+
+
+def test_tests_that_take_too_long_are_told_as_far_as_they_came(tmp_path):
+    done = gpu(tmp_path, "--parts", "tests", "--minutes", "0.4")  # of which they get a part
+    assert done.returncode == 1 and "error: failed: tests; " in done.stderr
+    found = json.loads((tmp_path / "gpu.json").read_text())["tests"]
+    assert re.fullmatch(r"not through in \d+ s", found["error"]) and found["failed"] == []
 
 
 def test_single_parts_and_the_end_of_the_time(tmp_path):
