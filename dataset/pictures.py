@@ -17,6 +17,7 @@ from dataset.errors import DataError
 from dataset.files import sha256_of
 from model.pictures import open_picture, to_rgb
 
+MID_GREY = (128, 128, 128)  # a picture that shows nothing
 PIXELS_VERSION = 2  # raise it where a file gives other pixels than before: stored features are then made anew
 
 

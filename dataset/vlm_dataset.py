@@ -3,22 +3,28 @@
 P placeholder tokens per image, T tokens, N images of the row.
 """
 
+import copy
+import hashlib
 import itertools
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from dataset.errors import DataError
 from dataset.feature_cache import FeatureCache
 from dataset.files import sha256_of
-from dataset.pictures import open_image
+from dataset.pictures import MID_GREY, open_image
 from dataset.pixels import Pixels
 from dataset.rows import load_rows, resolve_image, store_of
+from model.model_vlm import MiniMindVLM
 from model.pictures import first_line
 from model.processing_vlm import IGNORE_INDEX, IMAGE_MARKER, MiniMindVLMProcessor, control_tokens
 
@@ -60,6 +66,7 @@ class VLMDataset(Dataset):
     ):
         self.processor, self.max_length = processor, max_length
         self.features: FeatureCache | None = None  # set it to read features instead of pictures
+        self.blank: torch.Tensor | None = None  # (P, W): set it to have these in place of every picture's
         self.pixels = Pixels(processor.image_processor) if processor.image_processor else None
         self.rows = load_rows(paths, images_path)
         self.places = str(images_path.resolve()) if images_path else "", store_of(self.rows)
@@ -68,7 +75,9 @@ class VLMDataset(Dataset):
         told = {"remove_columns": self.rows.column_names, "desc": "counting tokens"}
         # Kept in the cache of `datasets`, beside the rows.
         self.tokens = self.rows.map(_count_tokens, batched=True, fn_kwargs=arguments, **told)
-        with_images = np.flatnonzero(self.tokens.data.table.column("images").to_numpy())
+        columns = self.tokens.data.table
+        self.counts = {name: columns.column(name).to_numpy() for name in columns.column_names}  # (rows,) each
+        with_images = np.flatnonzero(self.counts["images"])
         if processor.image_processor is None and len(with_images):
             where = self.rows[int(with_images[0])]["where"]
             raise DataError(f"{where}: has images, but only text can be trained on here")
@@ -83,8 +92,49 @@ class VLMDataset(Dataset):
 
     def lengths(self) -> np.ndarray:
         """(len(self),) int64: tokens of each row, placeholders included; a few more than it has at most."""
-        text, images = (self.tokens.data.table.column(name).to_numpy() for name in ("text", "images"))
-        return np.minimum(text + images * self.processor.tokens_per_image, self.max_length)
+        return np.minimum(self._whole_lengths(), self.max_length)
+
+    def _whole_lengths(self) -> np.ndarray:
+        return self.counts["text"] + self.counts["images"] * self.processor.tokens_per_image
+
+    def about(self) -> str:
+        """What there is to learn from, in one line; lengths are as `lengths` has them."""
+        rows, pictured = len(self), np.count_nonzero(self.counts["images"])
+        cut = np.count_nonzero(self._whole_lengths() > self.max_length)
+        twice = 1 - len(np.unique(self.counts["digest"])) / rows
+        learnt = f"{self.counts['supervised'].mean():.1f} supervised tokens a row"
+        return (
+            f"{rows:,} rows, {pictured:,} with pictures, up to {cut:,} cut, {learnt}, {twice:.1%} duplicates"
+        )
+
+    def split(self, share: float) -> tuple["VLMDataset", "VLMDataset"]:
+        """The rows to learn from, and those held out: of a `share` of the pictures, by a hash of each one's
+        name, with whatever shows one of theirs; of rows without a picture by a hash of their text. DataError
+        where either has none."""
+        images = self.rows.data.table.column("images").combine_chunks()
+        named, rows = pc.dictionary_encode(images.flatten()), pc.list_parent_indices(images).to_numpy()
+        numbers, names = named.indices.to_numpy(), named.dictionary.to_pylist()
+        held = (self.counts["digest"] % 2**32 < share * 2**32) & (self.counts["images"] == 0)
+        chosen = np.array([zlib.crc32(name.encode()) < share * 2**32 for name in names], dtype=bool)
+        while chosen.any() and not held[rows[chosen[numbers]]].all():
+            held[rows[chosen[numbers]]] = True
+            chosen[numbers[held[rows]]] = True
+        parts = [np.flatnonzero(~held), np.flatnonzero(held)]
+        if not all(map(len, parts)):
+            raise DataError(f"{len(parts[1])} of {len(self)} rows would be held out: give another share")
+        return tuple(self._part(part) for part in parts)
+
+    def _part(self, rows: np.ndarray) -> "VLMDataset":
+        part = copy.copy(self)
+        part.rows, part.counts = self.rows.select(rows), {k: v[rows] for k, v in self.counts.items()}
+        return part
+
+    def with_blank(self, model: MiniMindVLM) -> "VLMDataset":
+        """The same rows with a mid-grey picture in place of every one."""
+        grey = self.processor.pixel_values([Image.new("RGB", (64, 64), MID_GREY)]).to(model.device)
+        blank = copy.copy(self)
+        blank.blank = model.get_image_embeddings(grey, model.vision_encoder)[0].cpu()
+        return blank
 
     def __getitem__(self, index: int) -> Sample:
         """DataError if the row is not usable."""
@@ -114,7 +164,9 @@ class VLMDataset(Dataset):
         input_ids, labels, starts = cut(input_ids, labels, starts, tokens, self.max_length)
         paths = [resolve_image(image, *self.places) for image in row["images"][: len(starts)]]
         sample = Sample(input_ids, labels, images=paths, image_starts=starts, where=row["where"])
-        if paths and self.features is not None:
+        if paths and self.blank is not None:
+            sample.image_features = self.blank.expand(len(paths), -1, -1)
+        elif paths and self.features is not None:
             sample.image_features = torch.stack([self.features[path] for path in paths])
         elif paths:
             for path in paths:
@@ -135,20 +187,31 @@ class VLMDataset(Dataset):
 def _count_tokens(
     rows: dict[str, list], tokenizer: PreTrainedTokenizerBase, system_tokens: int, code: str
 ) -> dict[str, list[int]]:
-    """Tokens of each row's text, with those around its turns and images, and its number of images."""
+    """Tokens of each row's text, with those around its turns and images, and about how many of them are
+    supervised; its number of images; and a digest of all that it says and shows."""
     control, encode = control_tokens(tokenizer), tokenizer._encode_without_added_tokens
-    pieces, text = [], []
+    pieces: list[list[tuple[str, bool]]] = []  # of each row, and whether they are learnt
+    text, supervised, digests = [], [], []
     for images, roles, contents in zip(rows["images"], rows["roles"], rows["contents"], strict=True):
         marked = [bool(images) and role == "user" for role in roles or [""]]
         texts = [t.replace(IMAGE_MARKER, "") if m else t for t, m in zip(contents, marked, strict=True)]
-        pieces.append([piece for text in texts for piece in control.split(text)])
+        learnt = [role == "assistant" for role in roles] or [True]
+        split = zip(map(control.split, texts), learnt, strict=True)
+        pieces.append([(piece, is_learnt) for parts, is_learnt in split for piece in parts])
         quoted = sum(len(encode(token)) for text in texts for token in control.findall(text))
         system = system_tokens if roles and roles[0] != "system" else 0
         text.append(quoted + len(texts) * TOKENS_AROUND_A_TURN + len(images) + system)  # a newline each
-    flat = [piece for row in pieces for piece in row]
+        supervised.append(2 * sum(learnt))  # what ends a turn, and its newline
+        digest = hashlib.blake2b(repr((images, roles, contents)).encode(), digest_size=8).digest()
+        digests.append(int.from_bytes(digest, signed=True))
+    flat = [piece for row in pieces for piece, _ in row]
     counts = iter([len(ids) for ids in tokenizer(flat, add_special_tokens=False)["input_ids"]])
-    text = [count + sum(next(counts) for _ in row) for count, row in zip(text, pieces, strict=True)]
-    return {"text": text, "images": [len(images) for images in rows["images"]]}
+    for row, parts in enumerate(pieces):
+        found = [(next(counts), is_learnt) for _, is_learnt in parts]
+        text[row] += sum(count for count, _ in found)
+        supervised[row] += sum(count for count, is_learnt in found if is_learnt)
+    images = [len(images) for images in rows["images"]]
+    return {"text": text, "supervised": supervised, "images": images, "digest": digests}
 
 
 def _default_system_tokens(processor: MiniMindVLMProcessor) -> int:

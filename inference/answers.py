@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import BatchFeature
 
 from dataset.errors import DataError
-from dataset.pictures import open_image
+from dataset.pictures import MID_GREY, open_image
 from dataset.rows import resolve_image, store_of
 from inference.pictures import check_image
 from model.model_vlm import MiniMindVLM
@@ -22,7 +22,6 @@ from model.processing_vlm import IMAGE_MARKER, MiniMindVLMProcessor, image_slots
 WINDOW = 16  # batches that are sorted by length together, and whose pictures are encoded once
 SPARE_TOKENS = 8  # beyond the expected answer's length: enough to see that an answer does not end there
 NO_KIND = "(none)"
-MID_GREY = (128, 128, 128)
 
 Features = dict[str, torch.Tensor]  # path of a picture -> (P, W)
 

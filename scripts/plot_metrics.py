@@ -84,8 +84,9 @@ def draw_panel(axes, runs: dict[str, list[dict[str, float | None]]], name: str) 
     for number, (label, records) in enumerate(runs.items()):
         style = {"color": f"C{number}", "marker": "." if len(records) < 50 else None}
         axes.plot(*curve(records, name), label=label, **style)
-        if name == "loss" and any("eval_loss" in record for record in records):
-            axes.plot(*curve(records, "eval_loss"), label=f"{label}, eval", linestyle="--", **style)
+        for other, means, line in (("eval_loss", "eval", "--"), ("eval_loss_blank", "eval, blank", ":")):
+            if name == "loss" and any(other in record for record in records):
+                axes.plot(*curve(records, other), label=f"{label}, {means}", linestyle=line, **style)
     axes.grid(alpha=0.3)
 
 

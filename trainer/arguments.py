@@ -20,7 +20,7 @@ SIZE_FLAGS = [name for name in (*SIZES, "pixel_shuffle") if name != "vocab_size"
 FOLLOWS = "; if not given: the base's, {} without a base"
 MAX_POSITIONS = 32768  # of MiniMindConfig
 resumable = partial(flag, resumable=True)  # a run that goes on may have another value
-MAY_BE_ZERO = ("num_workers", "warmup_iters", "grad_clip", "max_bad_steps", "seed")
+MAY_BE_ZERO = ("num_workers", "warmup_iters", "grad_clip", "max_bad_steps", "seed", "eval_share")
 
 
 def flag_by_release(help_text: str, release_2: Any, release_3: Any, **settings: Any) -> Any:
@@ -70,6 +70,7 @@ class TrainingFlags(DeviceFlags):
     resume: str = resumable("auto", "auto: continue a stopped run; never: start over; or a checkpoint folder")
     resume_override: bool = resumable(False, "go on though flags that decide what is learnt have changed")
     eval_data_path: list[str] = resumable([], "rows to measure the loss on while training")
+    eval_share: float = flag(0.0, "instead: hold the rows of this share of the pictures out of --data_path")
     eval_interval: int = resumable(1000, "optimizer steps between two such measurements")
     on_bad_sample: str = resumable("skip", "unusable rows: skip and list, or end the run", ("skip", "error"))
     max_bad_steps: int = resumable(10, "steps in a row that may be skipped as not finite")
@@ -88,6 +89,8 @@ class TrainingFlags(DeviceFlags):
         check_seed(self.seed)
         if (self.max_seq_len or 0) > MAX_POSITIONS:
             raise ValueError(f"--max_seq_len must be at most {MAX_POSITIONS}, found {self.max_seq_len}")
+        if self.eval_share >= 1 or (self.eval_share and self.eval_data_path):
+            raise ValueError("--eval_share must be below 1, and goes without --eval_data_path")
         if self.data_path == []:
             raise ValueError("--data_path is needed: the rows to train on")
         if self.tracker is None:
@@ -113,7 +116,13 @@ class VLMTrainingFlags(TrainingFlags, EncoderFlags):
     trainable: str = flag("proj_llm", "which weights learn", TRAINABLE)
     vision_model_path: str | None = flag(None, "folder of the image encoder" + FOLLOWS.format(ENCODERS[2]))
     pixel_shuffle: int | None = flag(None, "side of the patches that become a token" + FOLLOWS.format(1))
+    eval_blank: bool = resumable(False, "measure it with grey pictures, too: the gap is what is seen")
     cache_features: str | None = resumable(None, "folder for encoder outputs: encode each image once")
     cache_dtype: str = flag(
         "float16", "precision in --cache_features; int8 halves the disk, scaled by token", ("float16", "int8")
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.eval_blank and not (self.eval_share or self.eval_data_path):
+            raise ValueError("--eval_blank needs rows to evaluate: --eval_data_path or --eval_share")

@@ -63,6 +63,9 @@ def train(
             return 0
         checkpoints.wait()  # no lock may be held by its thread while worker processes are forked
         found, stop_code = evaluate(model, eval_samples, flags, runtime)
+        if getattr(flags, "eval_blank", False) and not stop_code:
+            blank, stop_code = evaluate(model, eval_samples.with_blank(model), flags, runtime)
+            found["eval_loss_blank"] = blank["eval_loss"]
         if not stop_code:
             metrics.write({"step": progress.step, "epoch": progress.epoch, **found})
             progress.evaluated_step = progress.step

@@ -66,7 +66,7 @@ def run_stage(flags: TrainingFlags, stage: str, bases: tuple[str, ...]) -> int:
         model, processor = build_model(flags, config, base, tokenizer_asked)
         place(model, run.device, flags.dtype, getattr(flags, "encoder_dtype", "auto"))
         context = model, processor, flags, run
-        samples = open_samples(flags.data_path, *context)
+        samples, eval_samples = open_samples(*context)
         settings = state.settings_of(flags, samples, run.world_size, base_digest)
         run.agree("rows", settings["data_path (rows)"])
         total_steps = planned_steps(step_sampler(samples, flags, run), flags)
@@ -83,7 +83,6 @@ def run_stage(flags: TrainingFlags, stage: str, bases: tuple[str, ...]) -> int:
                     write_weights(checkpoint.load()["model"], total_steps)
                 log.info("%s: done before, after %d steps; --resume never starts over", path, total_steps)
                 return 0
-        eval_samples = open_samples(flags.eval_data_path, *context) if flags.eval_data_path else None
         learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
         what = f"{len(samples):,} rows, {learning / 1e6:.2f}M weights learn"
         start = checkpoint.folder if checkpoint else base or "scratch"
@@ -204,9 +203,26 @@ def build_model(
 
 
 def open_samples(
+    model: nn.Module, processor: MiniMindVLMProcessor, flags: TrainingFlags, run: Runtime
+) -> tuple[VLMDataset, VLMDataset | None]:
+    """The rows to train on, and those to measure the loss on, if there are any."""
+    context = model, processor, flags, run
+    samples, eval_samples = open_rows(flags.data_path, *context), None
+    if flags.eval_share:
+        with run.together(), user_errors("--eval_share"):
+            samples, eval_samples = samples.split(flags.eval_share)
+    elif flags.eval_data_path:
+        eval_samples = open_rows(flags.eval_data_path, *context)
+    for part, use in ((samples, "to train on"), (eval_samples, "to evaluate")):
+        if part:
+            log.info("%s: %s", use, part.about())
+            cache_features(part, *context)
+    return samples, eval_samples
+
+
+def open_rows(
     paths: list[str], model: nn.Module, processor: MiniMindVLMProcessor, flags: TrainingFlags, run: Runtime
 ) -> VLMDataset:
-    """The rows of `paths`; with --cache_features, their pictures are encoded first, each rank its share."""
     visual = isinstance(flags, VLMTrainingFlags)
     images = Path(flags.images_path) if visual and flags.images_path else None
     with run.main_first():
@@ -214,15 +230,21 @@ def open_samples(
         if flags.tokens_per_batch and (longest := samples.lengths().max()) > flags.tokens_per_batch:
             found = f"--tokens_per_batch {flags.tokens_per_batch}: a row of {paths[0]} has {longest} tokens"
             raise UserError(f"{found}; give at least that, or a smaller --max_seq_len")
-    if visual and flags.cache_features:
+    return samples
+
+
+def cache_features(
+    samples: VLMDataset, model: nn.Module, processor: MiniMindVLMProcessor, flags: TrainingFlags, run: Runtime
+) -> None:
+    """With --cache_features, encodes the pictures of `samples`, each rank its share."""
+    if folder := getattr(flags, "cache_features", None):
         with run.together(), user_errors("--cache_features"):
-            folder, pictures = Path(flags.cache_features), samples.image_paths()
-            samples.features = cache = FeatureCache(folder, model, processor, flags.cache_dtype)
+            pictures = samples.image_paths()
+            samples.features = cache = FeatureCache(Path(folder), model, processor, flags.cache_dtype)
             workers = {"num_workers": flags.num_workers, "worker_init_fn": ignore_signals}
             encode_missing(cache, model, processor, pictures, run.rank, run.world_size, **workers)
         with user_errors("--cache_features"):
             samples.features.check_complete()
-    return samples
 
 
 def set_trainable(model: nn.Module, trainable: str) -> None:

@@ -1,6 +1,8 @@
 """Samples: cutting long rows, pictures, rows without anything to learn."""
 
+import json
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -185,3 +187,63 @@ def test_phone_pictures_are_turned_upright(data, processor):
     row["conversations"].insert(0, {"role": "user", "content": "?"})
     write_rows(data / "turned.jsonl", [row])
     assert open_image(str(data / "images/turned.jpg"), "turned.jsonl:1").size == (20, 40)
+
+
+def pictured(samples: VLMDataset) -> list[set[str]]:
+    return [set(row["images"]) for row in samples.rows]
+
+
+@pytest.fixture
+def many(data) -> Path:
+    """300 rows: of 60 pictures with two questions each, of 60 pairs that share pictures, and 120 texts."""
+    rows: list[dict] = []
+    for i in range(120):
+        Image.new("RGB", (40, 40), (i, 0, 0)).save(data / f"images/{i}.png")
+        turns = [{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": "It is red."}]
+        rows.append({"image": f"{i % 60}.png", "conversations": turns})
+        rows.append({"text": f"The text of number {i}."})
+    for i in range(60):
+        pair = [f"{60 + i}.png", f"{60 + (i + 1) % 60 // 2 * 2}.png"]
+        question = {"role": "user", "content": "<image><image>And these?"}
+        rows.append({"image": pair, "conversations": [question, turns[1]]})
+    return write_rows(data / "many.jsonl", rows)
+
+
+def test_what_is_held_out_shares_no_picture_with_the_rest(many, data, processor):
+    samples = VLMDataset([many], processor, 512, data / "images")
+    kept, held = samples.split(0.1)
+    assert len(kept) + len(held) == 300 and 10 <= len(held) <= 60
+    assert not set().union(*pictured(kept)) & set().union(*pictured(held))
+    assert any(not images for images in pictured(held)) and any(len(images) == 2 for images in pictured(held))
+    again = VLMDataset([many], processor, 512, data / "images").split(0.1)[1]
+    assert again.rows["where"][:] == held.rows["where"][:]
+
+
+def test_a_part_has_lengths_samples_and_pictures_of_its_own(many, data, processor):
+    samples = VLMDataset([many], processor, 512, data / "images")
+    places = {row["where"]: i for i, row in enumerate(samples.rows)}
+    for part in samples.split(0.1):
+        own = [places[where] for where in part.rows["where"][:]]
+        assert part.lengths().tolist() == samples.lengths()[own].tolist()
+        assert part[0].input_ids == samples[own[0]].input_ids
+        shown = [Path(picture).name for picture, _ in part.image_paths()]
+        assert shown == [name for row in part.rows for name in row["images"]]
+
+
+@pytest.mark.parametrize("share", [1e-9, 0.999999])
+def test_a_share_that_leaves_one_side_empty_is_an_error(data, processor, share):
+    samples = VLMDataset([data / "captions.jsonl"], processor, 512, data / "images")
+    with pytest.raises(DataError, match=r"\d of 8 rows would be held out: give another share"):
+        samples.split(share)
+
+
+def test_a_data_set_tells_what_there_is_to_learn(data, processor):
+    rows = [*map(json.loads, (data / "dialogues.jsonl").read_text().splitlines())]
+    write_rows(data / "twice.jsonl", [*rows, rows[0]])
+    samples = VLMDataset([data / "twice.jsonl"], processor, 512, data / "images")
+    learnt = [sum(label != IGNORE_INDEX for label in samples[i].labels[1:]) for i in range(9)]
+    assert samples.counts["supervised"].tolist() == learnt
+    figures = f"up to 0 cut, {np.mean(learnt):.1f} supervised tokens a row, 11.1% duplicates"
+    assert samples.about() == f"9 rows, 5 with pictures, {figures}"
+    short = VLMDataset([data / "twice.jsonl"], processor, 20, data / "images")
+    assert "5 with pictures, up to 9 cut, " in short.about()

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TINY, TINY_ENCODER, start, write_rows
+from PIL import Image
 
 METRICS = {
     *("step", "epoch", "loss", "aux_loss", "learning_rate", "grad_norm", "samples_per_second"),
@@ -186,6 +187,47 @@ def test_an_evaluation_without_a_counting_row_has_no_loss(data, tmp_path, run):
     assert "none of 8 rows counts: eval_loss is null" in result.stderr
     evaluated = records(tmp_path / "out", "pretrain_vlm_64")[-1]
     assert evaluated["eval_loss"] is None and evaluated["eval_skipped_rows"] == 8
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["pictures", "cached_features"])
+def test_the_blank_loss_is_that_of_grey_pictures(data, tmp_path, run, cached):
+    for i in range(8):
+        Image.new("RGB", (50, 40), (128, 128, 128)).save(data / f"images/grey{i}.png")
+    rows = (data / "captions.jsonl").read_text()
+    (data / "grey.jsonl").write_text(rows.replace('"image": "', '"image": "grey'))
+    flags = [
+        "--max_steps",
+        2,
+        "--eval_interval",
+        1,
+        *(["--cache_features", tmp_path / "f"] if cached else []),
+    ]
+    run(*pretrain(data, tmp_path / "a", *flags, "--eval_data_path", data / "captions.jsonl", "--eval_blank"))
+    run(*pretrain(data, tmp_path / "b", *flags, "--eval_data_path", data / "grey.jsonl"))
+    blank = [line for line in records(tmp_path / "a", "pretrain_vlm_64") if "eval_loss" in line]
+    grey = [line for line in records(tmp_path / "b", "pretrain_vlm_64") if "eval_loss" in line]
+    assert len(blank) == len(grey) == 2
+    for line, other in zip(blank, grey, strict=True):
+        assert line["eval_loss_blank"] == pytest.approx(other["eval_loss"], abs=1e-4)
+        assert abs(line["eval_loss_blank"] - line["eval_loss"]) > 1e-4
+
+
+def test_rows_held_out_of_the_training_file_are_evaluated(data, tmp_path, run):
+    result = run(*pretrain(data, tmp_path / "out", "--eval_share", 0.4, "--max_steps", 2))
+    (train,) = re.findall(r"to train on: (\d) rows", result.stderr)
+    (held,) = re.findall(r"to evaluate: (\d) rows", result.stderr)
+    assert int(train) + int(held) == 8 and int(held) > 0
+    assert records(tmp_path / "out", "pretrain_vlm_64")[-1]["eval_tokens"] > 0
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--eval_blank",), ("--eval_share", 1), ("--eval_share", 0.1, "--eval_data_path", "rows.jsonl")],
+    ids=["blank_without_rows", "everything", "both"],
+)
+def test_evaluation_flags_that_make_no_sense_are_usage_errors(data, tmp_path, run, flags):
+    line = error_line(run(*pretrain(data, tmp_path / "out", *flags), expect=2))
+    assert flags[0] in line
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
