@@ -47,6 +47,7 @@ def test_every_part_runs_and_its_figures_fit_together(tmp_path):
     assert (tmp_path / "gpu.md").read_text() in done.stdout
 
 
+@pytest.mark.slow
 def test_tests_that_take_too_long_are_told_as_far_as_they_came(tmp_path):
     done = gpu(tmp_path, "--parts", "tests", "--minutes", "0.4")  # of which they get a part
     assert done.returncode == 1 and "error: failed: tests; " in done.stderr

@@ -27,6 +27,7 @@ def workers(training: Training) -> list[int]:
     return [found[rank] for rank in sorted(found)]
 
 
+@pytest.mark.slow
 def test_ranks_and_accumulation_may_change_in_the_middle(data, tmp_path, run):
     """1 rank x 2, then 2 x 1, then 1 x 2: each row once an epoch, the same losses."""
     out = tmp_path / "out"

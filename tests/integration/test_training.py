@@ -189,7 +189,9 @@ def test_an_evaluation_without_a_counting_row_has_no_loss(data, tmp_path, run):
     assert evaluated["eval_loss"] is None and evaluated["eval_skipped_rows"] == 8
 
 
-@pytest.mark.parametrize("cached", [False, True], ids=["pictures", "cached_features"])
+@pytest.mark.parametrize(
+    "cached", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["pictures", "cached_features"]
+)
 def test_the_blank_loss_is_that_of_grey_pictures(data, tmp_path, run, cached):
     for i in range(8):
         Image.new("RGB", (50, 40), (128, 128, 128)).save(data / f"images/grey{i}.png")

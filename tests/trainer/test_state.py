@@ -202,6 +202,7 @@ MAY_CHANGE = """
     data_path images_path out_dir batch_size accumulation_steps pack device compile activation_checkpointing
     num_workers log_interval save_interval keep_checkpoints eval_data_path eval_interval tracker use_wandb
     wandb_project resume resume_override timeout_seconds on_bad_sample max_bad_steps loss_spike cache_features
+    eval_blank
 """.split()
 
 
