@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import CLIPVisionConfig, SiglipVisionConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -32,6 +31,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmark_scaling import json_line, scale, scaling_table
+from flops import step_flops
 from plot_benchmark import plot
 from published import PublishedVLM, working_as_published
 
@@ -66,6 +66,7 @@ RELEASE_3 = {"num_key_value_heads": 4, "qk_norm": True, "projector": "mlp"}
 STAGES = ("pretrain", "sft", "moe", "release3", "inference")
 MODES = ("published", "default", "cached")  # inference has no use for a cache
 MEASURED = ("samples_per_second", "tokens_per_second", "padding", "utilization", "ratio")
+COUNTS = ("rows", "tokens", "supervised_tokens")
 ANSWER_TOKENS = 32
 PICTURES = 1000  # distinct ones, at most
 
@@ -171,12 +172,10 @@ def compare(stage: str, folder: Path, options: Namespace) -> dict[str, dict]:
         pipe.send(None)
         results[mode]["peak_memory_bytes"] = pipe.recv()
         process.join()
-    flops = results["default"].get("flops_per_sample")
     for result in results.values():
-        if flops:  # the work that the samples need, without padding or waste; less where a cache saves it
-            own = result.get("flops_per_sample", flops)
-            rates = zip(result["samples_per_second"], peaks, strict=True)
-            result["utilization"] = [own * rate / peak for rate, peak in rates]
+        if "flops_per_sample" in result:
+            rates = zip(result["flops_per_sample"], result["samples_per_second"], peaks, strict=True)
+            result["utilization"] = [flops * rate / peak for flops, rate, peak in rates]
         fastest = "tokens_per_second" if stage == "inference" else "samples_per_second"
         pairs = zip(result[fastest], results["published"][fastest], strict=True)
         result["ratio"] = [mine / theirs for mine, theirs in pairs]
@@ -191,7 +190,8 @@ def work(pipe: Any, stage: str, mode: str, folder: Path, options: Namespace) -> 
     """A process: builds the model, says that it is ready, measures each repeat that it is asked for."""
     with runtime(options.device, 1337) as run:
         bench = Bench(stage, mode, folder, options, run)
-        pipe.send(bench.warm_up())
+        bench.warm_up()
+        pipe.send({})
         while (repeat := pipe.recv()) is not None:
             pipe.send(bench.measure(repeat))
         pipe.send(peak_memory_bytes(run.device))
@@ -228,21 +228,12 @@ class Bench:
     def count(self, _model: Any, _arguments: tuple, inputs: dict) -> None:
         self.positions += inputs["input_ids"].numel()  # padding included
 
-    def warm_up(self) -> dict[str, float]:
-        """Runs once, and returns the floating-point operations that a sample needs: matrix products only."""
+    def warm_up(self) -> None:
         if self.stage == "inference":
             self.measure(0)
-            return {}
-        if self.mode == "published":
-            self.train(self.samples(0), max_steps=1)
-            return {}
-        samples = self.samples(0)
-        if self.options.compile:  # a compiled step cannot be counted
-            self.train(samples)
-            return {}
-        with FlopCounterMode(display=False) as counter:
-            steps = self.train(samples, max_steps=getattr(self.options, "counted_steps", None))
-        return {"flops_per_sample": counter.get_total_flops() / sum(step["rows"] for step in steps)}
+        else:  # whatever has to be compiled is met in a whole repeat
+            first = getattr(self.options, "first_steps", None)
+            self.train(self.samples(0), max_steps=1 if self.mode == "published" else first)
 
     def measure(self, repeat: int) -> dict[str, Any]:
         return self.answer(repeat) if self.stage == "inference" else self.learn(repeat)
@@ -256,7 +247,10 @@ class Bench:
         first = len(steps) // 4 if self.flags.num_workers else 0
         seconds = steps[-1]["at"] - (steps[first - 1]["at"] if first else start)
         rows, tokens = (sum(step[name] for step in steps[first:]) for name in ("rows", "tokens"))
+        encodes = self.mode != "cached"
+        needed = (step_flops(self.model, *(step[name] for name in COUNTS), encodes) for step in steps[first:])
         return {
+            "flops_per_sample": sum(needed) / rows,
             "samples_per_second": rows / seconds,
             "tokens_per_second": tokens / seconds,
             "padding": 1 - sum(step["tokens"] for step in steps) / self.positions,
@@ -289,7 +283,8 @@ class Bench:
         samples.pixels.are_bytes &= self.mode != "published"
         if self.mode == "cached":
             samples.features = FeatureCache(self.folder / "features", self.model, self.processor)
-            encode_missing(samples.features, self.model, self.processor, samples.image_paths())
+            workers = {"num_workers": self.flags.num_workers}
+            encode_missing(samples.features, self.model, self.processor, samples.image_paths(), **workers)
             samples.features.check_complete()
         return samples
 

@@ -1,6 +1,7 @@
 """Asks a GPU everything in one run, for docs/benchmarks.md; gpu.sh starts it, docs/gpu.md explains its table.
 
-The parts come in the order of PARTS, so that a cut leaves the first; gpu.json is written anew after each. A
+The parts come in the order of SHARES, so that a cut leaves the first; gpu.json and gpu.md are written anew
+after each. A
 part that fails is noted with its error, and the next one runs. Nothing is downloaded: pictures and weights
 are random.
 """
@@ -27,8 +28,14 @@ NEEDED = "torch transformers datasets huggingface_hub pyarrow pytest".split()
 # What a machine with torch alone lacks, and what these need in turn.
 WHEELS = "transformers tokenizers huggingface_hub hf-xet datasets dill multiprocess httpx2 httpcore2"
 WHEELS += " truststore rich"
-SHARES = {"about": 0.02, "tests": 0.4, "peak": 0.02, "stages": 0.45, "compiled": 0.7, "batch": 0.5}
-SHARES |= {"loader": 0.5, "answers": 0.5, "recipe": 1.0}  # of the time that is left, at most
+SHARES = {"about": 0.02, "tests": 0.4, "peak": 0.02, "stages": 0.45, "compiled": 0.7}
+SHARES |= {
+    "allocator": 0.3,
+    "batch": 0.5,
+    "loader": 0.5,
+    "answers": 0.5,
+    "recipe": 1.0,
+}  # of the time that is left, at most
 TABLE = ("samples/s", "tokens/s", "of peak", "memory", "ratio", "waiting", "launching", "computing")
 
 
@@ -47,10 +54,19 @@ def main() -> int:
         os.environ["HF_DATASETS_CACHE"] = str(Path(folder, "cache"))
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         report = ask(flags, Path(folder))
-    failed = [name for name, found in report.items() if isinstance(found, dict) and "error" in found]
-    if failed:
+    if failed := failures(report):
         print(f"error: failed: {', '.join(failed)}; {flags.out_dir / 'gpu.json'} says why", file=sys.stderr)
     return 1 if failed else 0
+
+
+def failures(report: dict[str, Any]) -> list[str]:
+    """The parts, stages and modes that have an error."""
+    found = []
+    for name, part in report.items():
+        if isinstance(part, dict):
+            found += [name] if "error" in part else []
+            found += [f"{name} {inner}" for inner in failures(part)]
+    return found
 
 
 def lacking() -> str:
@@ -88,8 +104,9 @@ def ask(flags: argparse.Namespace, folder: Path) -> dict[str, Any]:
     end = time.monotonic() + flags.minutes * 60
 
     def save() -> None:
-        content = json.dumps(report, indent=2, default=str) + "\n"
-        write_atomically(flags.out_dir / "gpu.json", lambda file: file.write(content.encode()))
+        contents = {"gpu.json": json.dumps(report, indent=2, default=str) + "\n", "gpu.md": table(report)}
+        for name, content in contents.items():
+            write_atomically(flags.out_dir / name, lambda file, text=content: file.write(text.encode()))
 
     with runtime(flags.device, 1337) as run:
         context = gpu_parts.Context(run, gpu_parts.sizes(flags.tiny), folder, report, save)
@@ -99,6 +116,7 @@ def ask(flags: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "peak": lambda: gpu_parts.peak(context),
             "stages": lambda: gpu_parts.stages(context),
             "compiled": lambda: gpu_parts.compiled(context),
+            "allocator": lambda: gpu_parts.allocator(context),
             "batch": lambda: gpu_parts.largest_batches(context),
             "loader": lambda: gpu_parts.loader(context),
             "answers": lambda: gpu_parts.answers(context),
@@ -116,9 +134,7 @@ def ask(flags: argparse.Namespace, folder: Path) -> dict[str, Any]:
             save()
             if "error" in found:
                 print(f"   {found['error']}", file=sys.stderr, flush=True)
-    text = table(report)
-    write_atomically(flags.out_dir / "gpu.md", lambda file: file.write(text.encode()))
-    print(text)
+    print(table(report))
     return report
 
 
@@ -188,7 +204,7 @@ def table(report: dict[str, Any]) -> str:
     for stage, modes in report.get("stages", {}).items():
         for mode, row in modes.items() if isinstance(modes, dict) else ():
             if "samples_per_second" not in row:
-                lines.append(f"| {stage}, {mode} | {row.get('error', '')} |")
+                lines.append(f"| {stage}, {mode} | {row.get('error') or row.get('skipped')} |")
                 continue
             parts = row.get("parts", {})
             cells = [f"{row['samples_per_second']:.1f}", f"{row['tokens_per_second']:.0f}"]

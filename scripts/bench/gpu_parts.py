@@ -3,6 +3,7 @@
 import gc
 import os
 import statistics
+import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import trainer.loop
 from common.distributed import Runtime, autocast, peak_memory_bytes, resolve_dtype
+from common.setup import place
 from dataset.collate import collate
 from dataset.vlm_dataset import Sample, VLMDataset
 from model.processing_vlm import IGNORE_INDEX
@@ -90,43 +92,59 @@ def compiled(context: Context) -> dict[str, Any]:
     """The default with --compile, into the table of `stages`; compiling takes a minute for each."""
     for stage, found in context.report["stages"].items():
         if stage in STAGES:
-            measure_mode(context, found, stage, "default", compile_layers=True)
+            measure_mode(context, found, stage, "default", name="compiled")
+    return {}
+
+
+def allocator(context: Context) -> dict[str, Any]:
+    """Fine-tuning by default, with memory in segments that grow, into the table of `stages`."""
+    if context.run.device.type != "cuda":
+        return {"skipped": "only a GPU has an allocator to set"}
+    change = getattr(torch._C, "_accelerator_setAllocatorSettings", None)  # from some version on
+    change = change or torch.cuda.memory._set_allocator_settings
+    change("expandable_segments:True")
+    try:
+        measure_mode(context, context.report["stages"]["sft"], "sft", "default", name="expandable")
+    finally:
+        change("expandable_segments:False")
     return {}
 
 
 def options(context: Context, stage: str, compile_layers: bool = False) -> Namespace:
     size, steps = context.sizes.batches[stage], context.sizes.steps
     own = {"batch_size": size, "rows": size * steps, "dtype": "auto", "compile": compile_layers}
-    own |= {"counted_steps": 4, "num_workers": context.sizes.workers}
+    own |= {"first_steps": None if compile_layers else 4, "num_workers": context.sizes.workers}
     return Namespace(**{**vars(context.sizes), **own})
 
 
 def measure_mode(
-    context: Context, found: dict[str, dict], stage: str, mode: str, compile_layers: bool = False
+    context: Context, found: dict[str, dict], stage: str, mode: str, name: str | None = None
 ) -> None:
-    """Adds the figures of a mode to those of its stage."""
-    name = "compiled" if compile_layers else mode
+    """Adds the figures of a mode to those of its stage, as `name` if that is given; "compiled" compiles."""
+    name = name or mode
     if context.is_over:
-        found[name] = {"error": "no time was left"}
+        found[name] = {"skipped": "no time was left"}
         return
     device = context.run.device
     bench = None
     try:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        bench = Bench(stage, mode, context.folder, options(context, stage, compile_layers), context.run)
-        own = bench.warm_up()
+        bench = Bench(stage, mode, context.folder, options(context, stage, name == "compiled"), context.run)
+        bench.warm_up()
         most = context.sizes.steps // 4 if mode == "published" else None  # which may take ten times as long
         repeats = []
         while len(repeats) < context.sizes.repeats and not (repeats and context.is_over):
             repeats.append(bench.learn(len(repeats), most))
-        rates = ("samples_per_second", "tokens_per_second", "padding")
+        rates = ("samples_per_second", "tokens_per_second", "padding", "flops_per_sample")
         figures = {key: statistics.median(one[key] for one in repeats) for key in rates}
         figures |= {
             "repeats": [one["samples_per_second"] for one in repeats],
             "last_loss": repeats[-1]["losses"][-1],
         }
-        figures |= {"peak_memory_bytes": peak_memory_bytes(device), **own}
+        figures["peak_memory_bytes"] = peak_memory_bytes(device)
+        if device.type == "cuda":
+            figures["reserved_bytes"] = torch.cuda.max_memory_reserved(device)
         figures["rows_a_step"] = bench.options.batch_size
         found[name] = figures
         relate(found, context.report.get("peak", {}).get("flops"))
@@ -134,6 +152,7 @@ def measure_mode(
             figures["parts"] = parts_of_a_step(bench, figures["samples_per_second"])
     except Exception as error:  # one mode's lack of memory says nothing about the next
         found[name] = {**found.get(name, {}), "error": f"{type(error).__name__}: {str(error)[:300]}"}
+        print(f"   {stage}, {name}: {found[name]['error']}", file=sys.stderr, flush=True)
     del bench
     gc.collect()
     torch.compiler.reset()
@@ -144,14 +163,13 @@ def measure_mode(
 
 def relate(found: dict[str, dict], peak_flops: float | None) -> None:
     """Each mode's speed to the published one's, and its share of the peak: what its samples need, without
-    padding or waste, as counted in the default mode; less with cached features."""
-    counted = found.get("default", {}).get("flops_per_sample")
+    padding or waste; less with cached features."""
     for figures in (figures for figures in found.values() if "samples_per_second" in figures):
-        rate, flops = figures["samples_per_second"], figures.get("flops_per_sample", counted)
+        rate = figures["samples_per_second"]
         if "samples_per_second" in found.get("published", {}):
             figures["ratio"] = rate / found["published"]["samples_per_second"]
-        if flops and peak_flops:
-            figures["utilization"] = flops * rate / peak_flops
+        if peak_flops:
+            figures["utilization"] = figures["flops_per_sample"] * rate / peak_flops
 
 
 def parts_of_a_step(bench: Bench, samples_per_second: float) -> dict[str, float]:
@@ -181,6 +199,8 @@ def parts_of_a_step(bench: Bench, samples_per_second: float) -> dict[str, float]
             synchronize(bench.run.device)
         ranges = (event.time_range for event in profiler.events() if event.device_type == DeviceType.CUDA)
         computing = union_seconds([(each.start / 1e6, each.end / 1e6) for each in ranges]) / steps
+        if not computing:
+            raise RuntimeError("the profiler saw no kernel: may it use CUPTI here?")
     else:
         computing = step_seconds - waiting
     computing = min(computing, step_seconds)
@@ -297,7 +317,7 @@ def answers(context: Context) -> dict[str, float]:
     device = context.run.device
     with autocast("auto", device):
         model, processor = random_vlm(context.sizes)
-        model.eval().to(device)
+        place(model.eval(), device, "auto")  # as chat does it, the encoder too
         benchmark_chat.measure(model, processor, context.sizes.tokens)
         repeats = [benchmark_chat.measure(model, processor, context.sizes.tokens) for _ in range(3)]
     return {name: statistics.median(one[name] for one in repeats) for name in repeats[0]}

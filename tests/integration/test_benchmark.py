@@ -10,12 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from common.distributed import runtime
+from trainer.stage import set_trainable
 
 sys.path.insert(0, str(ROOT / "scripts/bench"))
 import benchmark
 import benchmark_chat
+from flops import step_flops
 
 TINY = "--hidden_size 64 --num_hidden_layers 2 --vision_layers 1 --batch_size 2 --dtype float32".split()
 
@@ -67,6 +71,26 @@ def test_time_to_the_first_token_and_after_it(tmp_path: Path):
     assert all(0 < share < 1 for share in figures["encoder_share"])
     median = sorted(figures["tokens_per_second"])[1]
     assert f"{median:.3f}" in done.stdout
+
+
+@pytest.mark.parametrize("stage", benchmark.TRAINABLE)
+def test_operations_by_formula_are_those_that_torch_counts(stage):
+    """Where it counts them: attention in steps, masked pairs included, encoders without a pooling head."""
+    torch.manual_seed(0)
+    options = Namespace(hidden_size=64, num_hidden_layers=2, vision_layers=1)
+    model, processor = benchmark.random_vlm(options, stage)
+    set_trainable(model.train(), benchmark.TRAINABLE[stage])
+    encodes, patches = stage != "release3", processor.tokens_per_image
+    ids = torch.tensor([[1, *[processor.placeholder_id] * patches, *range(300, 360)]] * 2)
+    labels = ids.where(ids >= 340, -100)
+    side = model.config.vision_config.image_size
+    pictures = torch.randn(2, 3, side, side) if encodes else torch.randn(2, 1, patches, 768)
+    given = {"pixel_values" if encodes else "image_features": pictures}
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(ids, labels=labels, skip_logits=True, **given).loss.backward()
+    found = step_flops(model, 2, ids.numel(), int((labels > 0).sum()), encodes)
+    masked = 6 * model.config.hidden_size * 2 * 2 * ids.shape[1] ** 2
+    assert found + masked == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -3,18 +3,27 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 
-PARTS = {"about", "tests", "peak", "stages", "compiled", "batch", "loader", "answers", "recipe"}
+from common.distributed import Runtime
+
+sys.path.insert(0, str(ROOT / "scripts/bench"))
+import gpu
+import gpu_parts
+
+PARTS = {"about", "tests", "peak", "stages", "compiled", "allocator", "batch", "loader", "answers", "recipe"}
 
 
-def gpu(out: Path, *arguments: str, timeout: float = 280, **environment: str) -> subprocess.CompletedProcess:
+def ask(out: Path, *arguments: str, timeout: float = 280, **environment: str) -> subprocess.CompletedProcess:
     command = ["bash", "scripts/bench/gpu.sh", "--device", "cpu", "--tiny", "--out_dir", str(out), *arguments]
     environment = os.environ | {"PYTHON": sys.executable} | environment
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
@@ -23,7 +32,7 @@ def gpu(out: Path, *arguments: str, timeout: float = 280, **environment: str) ->
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_every_part_runs_and_its_figures_fit_together(tmp_path):
-    done = gpu(tmp_path, "--minutes", "20", timeout=880)
+    done = ask(tmp_path, "--minutes", "20", timeout=880)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "gpu.json").read_text())
     assert report.keys() == PARTS | {"flags"}
@@ -49,20 +58,63 @@ def test_every_part_runs_and_its_figures_fit_together(tmp_path):
 
 @pytest.mark.slow
 def test_tests_that_take_too_long_are_told_as_far_as_they_came(tmp_path):
-    done = gpu(tmp_path, "--parts", "tests", "--minutes", "0.4")  # of which they get a part
+    done = ask(tmp_path, "--parts", "tests", "--minutes", "0.4")  # of which they get a part
     assert done.returncode == 1 and "error: failed: tests; " in done.stderr
     found = json.loads((tmp_path / "gpu.json").read_text())["tests"]
     assert re.fullmatch(r"not through in \d+ s", found["error"]) and found["failed"] == []
 
 
 def test_single_parts_and_the_end_of_the_time(tmp_path):
-    done = gpu(tmp_path, "--parts", "about", "peak", "--minutes", "1")
+    done = ask(tmp_path, "--parts", "about", "peak", "--minutes", "1")
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "gpu.json").read_text())
     assert report["about"]["torch"] in done.stdout and report["peak"]["flops"] > 1e9
-    done = gpu(tmp_path, "--parts", "peak", "--minutes", "0")
+    done = ask(tmp_path, "--parts", "peak", "--minutes", "0")
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "gpu.json").read_text())["peak"]["skipped"] == "the 0 minutes were over"
+
+
+def test_a_cut_leaves_the_table_of_the_parts_before(tmp_path):
+    command = [
+        sys.executable,
+        "scripts/bench/gpu.py",
+        "--device",
+        "cpu",
+        "--tiny",
+        "--out_dir",
+        str(tmp_path),
+    ]
+    with subprocess.Popen(
+        [*command, "--parts", "about", "tests"], cwd=ROOT, start_new_session=True
+    ) as process:
+        while not (table := tmp_path / "gpu.md").exists() and process.poll() is None:
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGKILL)
+    assert json.loads((tmp_path / "gpu.json").read_text()).keys() == {"flags", "about"}
+    assert f"torch {torch.__version__}" in table.read_text()
+
+
+def test_a_mode_that_fails_is_named_and_the_next_one_runs(tmp_path, monkeypatch, capsys):
+    def refuse(stage: str, mode: str, *_):
+        raise torch.OutOfMemoryError("2 GiB more") if mode == "default" else ValueError("no")
+
+    monkeypatch.setattr(gpu_parts, "Bench", refuse)
+    report = {"stages": {"sft": (modes := {})}}
+    context = gpu_parts.Context(Runtime(torch.device("cpu")), gpu_parts.sizes(True), tmp_path, report, int)
+    context.until = time.monotonic() + 60
+    for mode in ("default", "cached"):
+        gpu_parts.measure_mode(context, modes, "sft", mode)
+    assert "sft, default: OutOfMemoryError: 2 GiB more" in capsys.readouterr().err
+    assert gpu.failures(report) == ["stages sft default", "stages sft cached"]
+    assert "| sft, cached | ValueError: no |" in gpu.table(report)
+
+
+def test_a_mode_without_time_is_skipped_and_no_failure(tmp_path):
+    report = {"stages": {"sft": (modes := {})}}
+    context = gpu_parts.Context(Runtime(torch.device("cpu")), gpu_parts.sizes(True), tmp_path, report, int)
+    context.until = time.monotonic() - 1
+    gpu_parts.measure_mode(context, modes, "sft", "default", name="compiled")
+    assert modes == {"compiled": {"skipped": "no time was left"}} and gpu.failures(report) == []
 
 
 def test_wheels_that_are_brought_come_first_and_are_needed_in_the_right_version(tmp_path):
@@ -71,7 +123,7 @@ def test_wheels_that_are_brought_come_first_and_are_needed_in_the_right_version(
             "datasets-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: datasets\nVersion: 1.0\n"
         )
         wheel.writestr("../outside.py", "")
-    done = gpu(tmp_path / "out", "--parts", "about", GPU_WHEELS=str(tmp_path))
+    done = ask(tmp_path / "out", "--parts", "about", GPU_WHEELS=str(tmp_path))
     assert done.returncode == 1 and not (tmp_path / "out").exists()
     pin = next(
         line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("datasets=")
@@ -81,5 +133,5 @@ def test_wheels_that_are_brought_come_first_and_are_needed_in_the_right_version(
 
 
 def test_a_folder_without_wheels_is_one_line(tmp_path):
-    done = gpu(tmp_path / "out", GPU_WHEELS=str(tmp_path))
+    done = ask(tmp_path / "out", GPU_WHEELS=str(tmp_path))
     assert done.returncode == 1 and done.stderr == f"error: GPU_WHEELS: no wheel in {tmp_path}\n"
