@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from common.cli import parse_flags, run_main
+from inference.samples import sample_answers
 from trainer.arguments import ROW_FILES, TRAINABLE, VLMTrainingFlags, flag_by_release
 from trainer.stage import run_stage
 
@@ -27,7 +28,7 @@ class PretrainFlags(VLMTrainingFlags):
 
 def main() -> int:
     flags = parse_flags(PretrainFlags, __doc__)
-    return run_stage(flags, "pretrain_vlm", bases=("lm", "llm"))
+    return run_stage(flags, "pretrain_vlm", bases=("lm", "llm"), answer=sample_answers)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from common.cli import flag, parse_flags, run_main
+from inference.samples import sample_answers
 from trainer.arguments import ROW_FILES, TRAINABLE, VLMTrainingFlags, flag_by_release
 from trainer.stage import run_stage
 
@@ -31,7 +32,7 @@ class SFTFlags(VLMTrainingFlags):
 
 def main() -> int:
     flags = parse_flags(SFTFlags, __doc__)
-    return run_stage(flags, "sft_vlm", bases=("pretrain_vlm",))
+    return run_stage(flags, "sft_vlm", bases=("pretrain_vlm",), answer=sample_answers)
 
 
 if __name__ == "__main__":

@@ -207,5 +207,4 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Largest memory so far: the device's where it counts its own, otherwise this process's resident one."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -4,6 +4,7 @@ Chat and scoring share how a question becomes input.
 Shapes: B questions, T tokens, I most images of a question, P tokens per image, W the encoder's width.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -126,24 +127,25 @@ def greedy_answers(
     questions: Sequence[Question],
     batch_size: int,
     blank: bool = False,
+    features: Features | None = None,
+    most_tokens: int | None = None,
 ) -> Iterator[tuple[int, tuple[str, int]]]:
     """`(index, (answer, tokens))` of every question, batch by batch, in an order of its own.
 
-    An answer is cut SPARE_TOKENS after the expected one's length. It does not depend on `batch_size`. Its
-    end is one of its `tokens`.
+    An answer is cut SPARE_TOKENS after the expected one's length, or after `most_tokens`. It does not depend
+    on `batch_size`. Its end is one of its `tokens`. Without `features` the pictures are encoded here.
     """
     tokenizer = processor.tokenizer
     prompts = [encode_question(processor, question) for question in questions]
-    limits = [
-        len(tokenizer.encode(question.expected, add_special_tokens=False)) + SPARE_TOKENS
-        for question in questions
-    ]
+    expected = [len(tokenizer.encode(question.expected, add_special_tokens=False)) for question in questions]
+    limits = [min(tokens + SPARE_TOKENS, most_tokens or math.inf) for tokens in expected]
     for window in chunks(range(len(questions)), batch_size * WINDOW):
-        features = encode_pictures(model, processor, [questions[i] for i in window], batch_size, blank)
+        window_questions = [questions[i] for i in window]
+        known = features or encode_pictures(model, processor, window_questions, batch_size, blank)
         by_length = sorted(window, key=lambda i: (limits[i], len(prompts[i])))
         for batch in chunks(by_length, batch_size):
             inputs = prepare(
-                processor, [prompts[i] for i in batch], [questions[i].images for i in batch], features
+                processor, [prompts[i] for i in batch], [questions[i].images for i in batch], known
             ).to(model.device)
             output = model.generate(
                 **inputs, do_sample=False, max_new_tokens=max(limits[i] for i in batch)

@@ -41,9 +41,7 @@ class TrainingFlags(DeviceFlags):
     out_dir: str = resumable("out", "folder for weights; metrics go to runs/ in it")
     epochs: int = flag(1, "passes over the data")
     batch_size: int = resumable(16, "rows of one micro-batch on one rank")
-    tokens_per_batch: int | None = flag(
-        None, "tokens of one micro-batch on one rank, padding included: as many rows as fit, not --batch_size"
-    )
+    tokens_per_batch: int | None = flag(None, "--batch_size in tokens, padding included: as many rows as fit")
     pack: bool = resumable(False, "put several rows into one sequence of --max_seq_len tokens, if cheaper")
     accumulation_steps: int = resumable(1, "micro-batches for one optimizer step")
     learning_rate: float = flag(4e-4, "peak learning rate; a cosine brings it down to a tenth")
@@ -51,9 +49,7 @@ class TrainingFlags(DeviceFlags):
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0 switches clipping off")
     max_steps: int | None = flag(None, "stop after this many optimizer steps, whatever --epochs says")
     max_seq_len: int = flag(640, "longest row in tokens, images included; longer rows are cut in their text")
-    from_weight: str | None = flag(
-        None, "the base: weights, or 'none'; if not given: what the stage before wrote to --out_dir"
-    )
+    from_weight: str | None = flag(None, "base weights, or 'none'; if not given: what the stage before wrote")
     hidden_size: int | None = flag(None, "width of the language model" + FOLLOWS.format(512))
     num_hidden_layers: int | None = flag(None, "layers of the language model" + FOLLOWS.format(8))
     num_attention_heads: int | None = flag(None, "query heads" + FOLLOWS.format(8))
@@ -117,10 +113,10 @@ class VLMTrainingFlags(TrainingFlags, EncoderFlags):
     vision_model_path: str | None = flag(None, "folder of the image encoder" + FOLLOWS.format(ENCODERS[2]))
     pixel_shuffle: int | None = flag(None, "side of the patches that become a token" + FOLLOWS.format(1))
     eval_blank: bool = resumable(False, "measure it with grey pictures, too: the gap is what is seen")
+    sample_data_path: list[str] = resumable([], "rows to answer while training, at every --eval_interval")
+    sample_rows: int = resumable(8, "how many of them, spread evenly: the first question of each")
     cache_features: str | None = resumable(None, "folder for encoder outputs: encode each image once")
-    cache_dtype: str = flag(
-        "float16", "precision in --cache_features; int8 halves the disk, scaled by token", ("float16", "int8")
-    )
+    cache_dtype: str = flag("float16", "of --cache_features; int8 halves the disk", ("float16", "int8"))
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -17,8 +17,7 @@ def step_sampler(
     samples: VLMDataset, flags: TrainingFlags, run: Runtime, training: bool = True
 ) -> StepSampler:
     """This rank's rows; for evaluation, one micro-batch at a time in the same order always."""
-    accumulation_steps = flags.accumulation_steps if training else 1
-    split = flags.batch_size, accumulation_steps, run.rank, run.world_size
+    split = flags.batch_size, flags.accumulation_steps if training else 1, run.rank, run.world_size
     return StepSampler(samples.lengths(), *split, flags.seed, training, flags.tokens_per_batch)
 
 
@@ -39,6 +38,5 @@ def step_loader(samples: VLMDataset, sampler: StepSampler, flags: TrainingFlags,
     own = torch.Generator().manual_seed(flags.seed)  # so that a run's own generator is left alone
     settings = {"sampler": sampler, "generator": own, "pin_memory": run.device.type == "cuda"}
     workers = {"num_workers": flags.num_workers, "worker_init_fn": ignore_signals}
-    loader = DataLoader(steps, batch_size=None, **settings, **workers)
     with signals_held():
-        return iter(loader)
+        return iter(DataLoader(steps, batch_size=None, **settings, **workers))

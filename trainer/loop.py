@@ -5,6 +5,7 @@ A step is one optimizer step: all micro-batches of all ranks.
 
 import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from trainer.metrics import Metrics
 from trainer.state import Checkpoints, Progress
 
 log = logging.getLogger(__name__)
+Answers = Callable[[Callable[[], int]], list[dict[str, Any]]]  # asked again and again whether to stop
 
 
 def train(
@@ -32,6 +34,7 @@ def train(
     checkpoints: Checkpoints,
     total_steps: int,
     resumed: dict[str, Any] | None = None,
+    answers: Answers | None = None,
 ) -> int:
     """Trains `model` in place for `total_steps` (see `planned_steps`), counted from the beginning also where
     there is a state `resumed` to go on from. Returns the exit code: 0, or that of the signal which ended it.
@@ -59,15 +62,18 @@ def train(
     def evaluate_if_due() -> int:
         """Returns the exit code of a signal that came meanwhile: the evaluation is then made up for later."""
         due = progress.step == total_steps or (progress.step and progress.step % flags.eval_interval == 0)
-        if eval_samples is None or not due or progress.evaluated_step == progress.step:
+        if not (eval_samples or answers) or not due or progress.evaluated_step == progress.step:
             return 0
         checkpoints.wait()  # no lock may be held by its thread while worker processes are forked
-        found, stop_code = evaluate(model, eval_samples, flags, runtime)
+        found, stop_code = evaluate(model, eval_samples, flags, runtime) if eval_samples else ({}, 0)
         if getattr(flags, "eval_blank", False) and not stop_code:
             blank, stop_code = evaluate(model, eval_samples.with_blank(model), flags, runtime)
             found["eval_loss_blank"] = blank["eval_loss"]
+        if answers and not stop_code:
+            stop_code = show(model, answers, flags, metrics, progress.step)
         if not stop_code:
-            metrics.write({"step": progress.step, "epoch": progress.epoch, **found})
+            if found:
+                metrics.write({"step": progress.step, "epoch": progress.epoch, **found})
             progress.evaluated_step = progress.step
         return stop_code
 
@@ -79,8 +85,7 @@ def train(
         checkpoints.wait()
         for micro_batches in step_loader(samples, sampler, flags, runtime):
             try:
-                failure = checkpoints.failure or metrics.failure
-                totals = count(failure or micro_batches, runtime)
+                totals = count(checkpoints.failure or metrics.failure or micro_batches, runtime)
             except (DataError, UserError):
                 if progress.step:
                     save()  # what was learnt so far is not lost
@@ -166,6 +171,21 @@ def evaluate(
         log.warning("warning: none of %d rows counts: eval_loss is null", len(samples))
     mean = loss / tokens if tokens else math.nan
     return {"eval_loss": mean, "eval_tokens": int(tokens), "eval_skipped_rows": int(skipped)}, stop_code
+
+
+@torch.no_grad()
+def show(model: torch.nn.Module, answers: Answers, flags: TrainingFlags, metrics: Metrics, step: int) -> int:
+    """Shows the main process's `answers`, given in the training precision, unless a signal ends them early:
+    returns its exit code, else 0. Every rank must call it."""
+    run = metrics.runtime
+    model.eval()
+    with run.together(), autocast(flags.dtype, run.device), torch.compiler.set_stance("force_eager"):
+        said = answers(lambda: run.stop_code) if run.is_main else []
+    model.train()
+    stop_code = count([], run)["stop_code"]
+    if said and not stop_code:
+        metrics.show(step, said)
+    return stop_code
 
 
 def learning_rate(step: int, total_steps: int, flags: TrainingFlags) -> float:

@@ -1,9 +1,10 @@
-"""What a run reports: the progress bar, `metrics.jsonl`, the tracker, and lists of rows that made trouble.
+"""What a run reports: progress bar, `metrics.jsonl`, `samples.jsonl`, tracker, lists of rows in trouble.
 
 Only the main process writes; each rank appends to the lists what it met itself.
 """
 
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -16,7 +17,7 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from common.cli import ToldElsewhere, UserError, user_errors
+from common.cli import CONTROLS, ToldElsewhere, UserError, user_errors
 from common.distributed import Runtime, peak_memory_bytes
 from dataset.errors import DataError
 from dataset.files import write_atomically
@@ -50,12 +51,14 @@ class Metrics:
         self.bad_samples, self.bad_batches = run_dir / "bad_samples.jsonl", run_dir / "bad_batches.jsonl"
         with runtime.together(), user_errors(f"--out_dir: cannot write {run_dir}"):
             if runtime.is_main:
-                for path in (run_dir / "metrics.jsonl", self.bad_samples, self.bad_batches):
-                    keep_steps(path, resumed_step)
+                for name in ("metrics.jsonl", "samples.jsonl", self.bad_samples, self.bad_batches):
+                    keep_steps(run_dir / name, resumed_step)
         where = {"total": total_steps, "initial": resumed_step, "disable": not runtime.is_main}
         self.bar = tqdm(**where, desc=description, unit="step", mininterval=0.5)
         self.redirect = logging_redirect_tqdm()
         self.redirect.__enter__()
+        self.below: list[tqdm] = []  # two lines of text
+        self.shown: Iterator[dict[str, str]] = iter(())
         self.start = self.interval_start = time.perf_counter()
         self.sums = dict.fromkeys(SUMMED, 0.0)
         self.totals = dict.fromkeys(SUMMED, 0.0)  # of the whole run and all ranks, up to the last line
@@ -69,8 +72,7 @@ class Metrics:
         """What `restore` needs to go on with the next line; every rank must call it."""
         now = self.paused_at or time.perf_counter()
         times = {"seconds": now - self.start, "interval_seconds": now - self.interval_start}
-        own = torch.tensor([*map(float, self.sums.values())], dtype=torch.float64)
-        sums = self.runtime.gather(own)  # (R, numbers)
+        sums = self.runtime.gather(torch.tensor([*self.sums.values()], dtype=torch.float64))  # (R, numbers)
         return {"sums": sums, "totals": self.totals, "last": dict(self.last)} | times
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -124,8 +126,26 @@ class Metrics:
         self.write(record)
         loss, speed = record["loss"], record["samples_per_second"]
         self.bar.set_postfix_str(f"loss {loss:.3f}, lr {learning_rate:.2e}, {speed:.1f} samples/s")
+        self._show_next()
         self.interval_start = now
         self.sums = dict.fromkeys(SUMMED, 0.0)
+
+    def show(self, step: int, answers: list[dict[str, Any]]) -> None:
+        """Appends a line of `samples.jsonl`, for the tracker too; `report` goes through it below the bar."""
+        told = [{name: value for name, value in one.items() if name != "picture"} for one in answers]
+        self._append(self.run_dir / "samples.jsonl", {"step": step, "answers": told})
+        if self.tracker:
+            self.tracker.log({"samples": answers}, step)
+        text = {"bar_format": "{desc}", "leave": False, "disable": None}  # None: unless on a terminal
+        self.below = self.below or [tqdm(position=line, **text) for line in (1, 2)]
+        self.shown = itertools.cycle(told)
+        self._show_next()
+
+    def _show_next(self) -> None:
+        for one in itertools.islice(self.shown, 1):
+            lines = f"{one['question']} (expected: {one['expected']})", f"answer: {one['answer']}"
+            for bar, line in zip(self.below, lines, strict=True):
+                bar.set_description_str(line.translate(CONTROLS))
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -175,7 +195,8 @@ class Metrics:
         return figures | totals | {"samples_per_second": rate}
 
     def close(self) -> None:
-        self.bar.close()
+        for bar in (*self.below, self.bar):
+            bar.close()
         self.redirect.__exit__(None, None, None)
         if self.tracker:
             self.tracker.finish()

@@ -25,16 +25,18 @@ from model.processing_vlm import MiniMindVLMProcessor
 from trainer import state
 from trainer.arguments import SIZE_FLAGS, TrainingFlags, VLMTrainingFlags
 from trainer.batches import planned_steps, step_sampler
-from trainer.loop import train
+from trainer.loop import Answers, train
 from trainer.metrics import Metrics
 from trainer.trackers import open_tracker
 
 log = logging.getLogger(__name__)
 
 
-def run_stage(flags: TrainingFlags, stage: str, bases: tuple[str, ...]) -> int:
+def run_stage(
+    flags: TrainingFlags, stage: str, bases: tuple[str, ...], answer: Callable[..., Answers] | None = None
+) -> int:
     """Runs `stage` ("lm", "pretrain_vlm" or "sft_vlm"), which starts from what one of `bases` wrote, or from
-    its own checkpoint.
+    its own checkpoint. `answer(flags, model, processor)` is what answers the questions of --sample_data_path.
 
     Writes `{out_dir}/{stage}_{hidden}.pth` and its sidecar, everything else of the run to `{out_dir}/runs/`;
     returns the exit code.
@@ -83,6 +85,8 @@ def run_stage(flags: TrainingFlags, stage: str, bases: tuple[str, ...]) -> int:
                     write_weights(checkpoint.load()["model"], total_steps)
                 log.info("%s: done before, after %d steps; --resume never starts over", path, total_steps)
                 return 0
+        with run.main_first():
+            answers = answer(flags, model, processor) if vars(flags).get("sample_data_path") else None
         learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
         what = f"{len(samples):,} rows, {learning / 1e6:.2f}M weights learn"
         start = checkpoint.folder if checkpoint else base or "scratch"
@@ -99,7 +103,7 @@ def run_stage(flags: TrainingFlags, stage: str, bases: tuple[str, ...]) -> int:
         parts = model, samples, eval_samples, flags, run, metrics, checkpoints, total_steps
 
         def training() -> int:  # loads the state itself, so that nothing else keeps it in memory
-            return train(*parts, checkpoint.load() if checkpoint else None)
+            return train(*parts, checkpoint.load() if checkpoint else None, answers)
 
         code = written_up(training, {"stage": stage, "arguments": arguments}, metrics, checkpoints)
         if skipped := metrics.skipped():

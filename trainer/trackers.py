@@ -1,5 +1,5 @@
-"""Trackers take a run's figures besides `metrics.jsonl`, each through its own library; only the main process
-has one. The libraries are optional and imported when asked for; their files go into the run's folder.
+"""Trackers take a run's figures and sample answers, each through its own library; only the main process has
+one. The libraries are optional and imported when asked for; their files go into the run's folder.
 """
 
 import dataclasses
@@ -7,6 +7,7 @@ import importlib
 import logging
 import os
 import signal
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from common.distributed import Runtime
 from trainer.arguments import TrainingFlags
 
 log = logging.getLogger(__name__)
-Log = Callable[[dict[str, float], int], None]
+Log = Callable[[dict[str, Any], int], None]
 Opened = tuple[Log, Callable[[], None]]  # and what ends the tracker's run
 
 
@@ -27,8 +28,9 @@ class Tracker:
         self.name, self._log, self._finish = name, log, finish
         self.works = True
 
-    def log(self, record: dict[str, float | None], step: int) -> None:
-        """Sends the figures of an optimizer step; those that are None (not finite) are left out."""
+    def log(self, record: dict[str, Any], step: int) -> None:
+        """Sends the figures of an optimizer step; those that are None (not finite) are left out. Or answers:
+        each of `samples` has `question`, `expected`, `answer` and `picture`, (H, W, 3) uint8 or None."""
         if self.works:
             self._try(self._log, {name: value for name, value in record.items() if value is not None}, step)
 
@@ -80,7 +82,11 @@ def open_tensorboard(flags: TrainingFlags, run_dir: Path, run_id: str, resumed_s
 
     writer = SummaryWriter(run_dir / "tensorboard", purge_step=resumed_step + 1)
 
-    def log_figures(record: dict[str, float], step: int) -> None:
+    def log_figures(record: dict[str, Any], step: int) -> None:
+        for number, one in enumerate(record.pop("samples", ())):
+            writer.add_text(f"samples/{number}", textwrap.indent(told(one), " " * 4), step)  # no Markdown
+            if one["picture"] is not None:
+                writer.add_image(f"samples/{number}", one["picture"], step, dataformats="HWC")
         for figure, value in record.items():
             writer.add_scalar(figure, value, step)
         writer.flush()  # a run that is killed must not leave a gap
@@ -101,4 +107,20 @@ def open_online(flags: TrainingFlags, run_dir: Path, run_id: str, resumed_step: 
     config = dataclasses.asdict(flags)
     run = tracker.init(project=flags.wandb_project, config=config, resume="allow", **own)
     signal.signal(signal.SIGINT, handler)  # SwanLab's own would end it before the last step is logged
-    return run.log, tracker.finish
+
+    def log_figures(record: dict[str, Any], step: int) -> None:
+        rows = []
+        for number, one in enumerate(record.pop("samples", ())):
+            text = told(one) if flags.tracker == "swanlab" else None  # it has no tables
+            image = None if one["picture"] is None else tracker.Image(one["picture"], caption=text)
+            rows.append([one["question"], one["expected"], one["answer"], image])
+            record |= {f"samples/{number}": image or tracker.Text(text)} if text else {}
+        if rows and flags.tracker != "swanlab":
+            record["samples"] = tracker.Table(["question", "expected", "answer", "picture"], rows)
+        run.log(record, step)
+
+    return log_figures, tracker.finish
+
+
+def told(one: dict[str, Any]) -> str:
+    return f"{one['question']}\nexpected: {one['expected']}\nanswer: {one['answer']}"

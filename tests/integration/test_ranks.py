@@ -162,3 +162,30 @@ def test_ranks_that_see_other_files_end_in_one_line(data, tmp_path, run, what):
     assert "Traceback" not in errors + other_errors and "error: " not in other_errors
     if "checkpoint" in what:
         assert (here / f"{NAME}.pth").read_bytes() == before
+
+
+def test_answers_are_given_once_whatever_the_ranks(data, tmp_path, run):
+    flags = ["--epochs", 2, "--dtype", "float32", "--learning_rate", 1e-2, "--trainable", "proj_llm"]
+    samples = ["--sample_data_path", data / "captions.jsonl", "--sample_rows", 3, "--eval_interval", 2]
+    one = pretrain(data, tmp_path / "one", *flags, "--batch_size", 4)
+    two = pretrain(data, tmp_path / "two", *flags, "--batch_size", 2)
+    plain = [tmp_path / "plain" if part == tmp_path / "two" else part for part in two]
+    run(*one, *samples)
+    run(*TWO, *two, *samples)
+    run(*TWO, *plain)
+    found = [(tmp_path / name / "runs" / NAME / "samples.jsonl").read_text() for name in ("one", "two")]
+    assert found[0] == found[1] and found[0].count("\n") == 2
+    assert [one["where"] for one in json.loads(found[0].splitlines()[0])["answers"]] == [
+        f"captions.jsonl:{number}" for number in (1, 3, 6)
+    ]
+    assert (tmp_path / f"two/{NAME}.pth").read_bytes() == (tmp_path / f"plain/{NAME}.pth").read_bytes()
+
+
+def test_all_ranks_end_where_the_pictures_to_ask_about_cannot_be_read(data, tmp_path, run):
+    (data / "images/broken.png").write_bytes(b"no picture")
+    rows = json.loads((data / "captions.jsonl").read_text().splitlines()[0]) | {"image": "broken.png"}
+    (data / "samples.jsonl").write_text(json.dumps(rows))
+    command = pretrain(data, tmp_path / "out", "--sample_data_path", data / "samples.jsonl")
+    result = run(*TWO, *command, expect=1)
+    told = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1 and "samples.jsonl:1: cannot read image" in told[0]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, TINY_ENCODER, start, write_rows
+from conftest import COLOURS, ROOT, TINY, TINY_ENCODER, start, write_rows
 from PIL import Image
 
 METRICS = {
@@ -421,3 +421,61 @@ def test_encoder_files_are_never_written(data, tmp_path, run):
     before = {path.name: path.read_bytes() for path in TINY_ENCODER.iterdir()}
     run(*pretrain(data, tmp_path / "out", "--trainable", "proj_llm", "--max_steps", 1))
     assert {path.name: path.read_bytes() for path in TINY_ENCODER.iterdir()} == before
+
+
+def asked(out: Path, run_name: str) -> list[dict]:
+    return [json.loads(line) for line in (out / "runs" / run_name / "samples.jsonl").read_text().splitlines()]
+
+
+def test_answers_are_right_once_it_has_learnt(world, tmp_path, run):
+    rows, images = world / "eval.jsonl", world / "images"
+    flags = ["--data_path", rows, "--images_path", images, "--cache_features", tmp_path / "features"]
+    flags += ["--batch_size", 7, "--epochs", 90, "--learning_rate", 8e-3, "--dtype", "float32"]
+    flags += ["--sample_data_path", rows, "--eval_interval", 45, "--from_weight", "none"]
+    run("train_sft_vlm.py", *TINY, *flags, "--out_dir", tmp_path / "out")
+
+    first, last = asked(tmp_path / "out", "sft_vlm_64")
+    assert (first["step"], last["step"]) == (45, 90)
+    expected = [f"It is {colour}." for colour in COLOURS]
+    expected += ["First red, then blue.", "First blue, then red.", "我很好。"]
+    assert (
+        [one["answer"] for one in last["answers"]] == [one["expected"] for one in last["answers"]] == expected
+    )
+    assert [one["answer"] for one in first["answers"]] != expected
+    assert [line for line in records(tmp_path / "out", "sft_vlm_64") if "loss" not in line] == []
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param(["--compile"], id="compiled", marks=pytest.mark.slow),
+        pytest.param(["--activation_checkpointing", "--pack"], id="checkpointing"),
+    ],
+)
+def test_answers_do_not_depend_on_how_it_trains(data, weight, world, tmp_path, run, more):
+    rows = ["--sample_data_path", world / "eval.jsonl", "--images_path", world / "images"]
+    rows += ["--data_path", world / "eval.jsonl", "--from_weight", weight, "--dtype", "float32"]
+    flags = [*rows, "--learning_rate", 1e-9, "--max_steps", 2, "--eval_interval", 1, "--sample_rows", 3]
+    run("train_sft_vlm.py", *TINY, *flags, *more, "--out_dir", tmp_path / "out")
+    found = [[one["answer"] for one in line["answers"]] for line in asked(tmp_path / "out", "sft_vlm_64")]
+    assert found == [["It is blue.", "It is red.", "First red, then blue."]] * 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--sample_data_path", "gone.jsonl"], "gone.jsonl"),
+        (["--sample_data_path", "{data}/texts.jsonl"], "texts.jsonl: no question, expected user turns with"),
+    ],
+    ids=["missing", "no question"],
+)
+def test_samples_that_cannot_be_asked_end_it_before_the_first_step(data, tmp_path, run, flags, message):
+    flags = [flag.format(data=data) for flag in flags]
+    line = error_line(run(*pretrain(data, tmp_path / "out"), *flags, expect=1))
+    assert message in line
+    assert not (tmp_path / "out/runs/pretrain_vlm_64/metrics.jsonl").exists()
+
+
+def test_no_sample_row_is_wrong_usage(run):
+    line = error_line(run("train_sft_vlm.py", "--sample_rows", 0, expect=2))
+    assert "--sample_rows must be above 0, found 0" in line

@@ -13,6 +13,7 @@ from common.cli import UserError
 from common.distributed import Runtime
 from dataset.feature_cache import FeatureCache, encode_missing
 from dataset.vlm_dataset import VLMDataset
+from inference.samples import sample_answers
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.processing_vlm import MiniMindVLMProcessor
 from scripts.train_lm import LMFlags
@@ -41,13 +42,17 @@ class StoppingMetrics(Metrics):
             self.runtime.stop_code = 143
 
 
-def learn(data: Path, out: Path, processor, flags: dict, config: dict, stop_at: int = STEPS + 1) -> dict:
+def learn(
+    data: Path, out: Path, processor, flags: dict, config: dict, stop_at: int = STEPS + 1, asked=None
+) -> dict:
     """Trains for STEPS steps or up to the one after `stop_at`, from the checkpoint in `out` if there is one;
-    returns the weights."""
+    returns the weights. `asked(stop)` is called before each time that answers are given."""
     run = Runtime(torch.device("cpu"))
     torch.manual_seed(0)
     model = MiniMindVLM(VLMConfig(**SIZES, **config), TINY_ENCODER)
     set_trainable(model, "proj_llm")
+    if flags.get("activation_checkpointing"):
+        model.activation_checkpointing_enable()
     full = MiniMindVLMProcessor(processor.image_processor, processor.tokenizer, tokens_per_image=196)
     samples = VLMDataset([data / "dialogues.jsonl"], full, 1024, data / "images")
     cached = flags.pop("cached", False)
@@ -59,11 +64,17 @@ def learn(data: Path, out: Path, processor, flags: dict, config: dict, stop_at: 
     settings |= {"dtype": "float32", "learning_rate": 1e-2, "log_interval": 2, "eval_interval": 3} | flags
     out.mkdir(exist_ok=True)
     checkpoints = Checkpoints(out / "checkpoints", 2, True, ABOUT, lambda state, step: None)
+    answers = None
+    if asked:
+        questions = {"sample_data_path": [str(data / "captions.jsonl")], "images_path": str(data / "images")}
+        given = sample_answers(VLMTrainingFlags(**settings | questions), model, full)
+        answers = lambda stop: asked(run) or given(stop)  # noqa: E731
     newest = newest_intact(checkpoints.folder)
     metrics = StoppingMetrics(out, STEPS, run, "", resumed_step=newest.about["step"] if newest else 0)
     metrics.stop_at = stop_at
     state = newest.load() if newest else None
-    train(model, samples, samples, VLMTrainingFlags(**settings), run, metrics, checkpoints, STEPS, state)
+    parts = model, samples, samples, VLMTrainingFlags(**settings), run, metrics, checkpoints, STEPS, state
+    train(*parts, answers)
     metrics.close()
     checkpoints.close()
     flags |= {"cached": cached}
@@ -98,6 +109,54 @@ def test_resume_gives_the_same_bits(data, tmp_path, processor, flags, config):
         assert read_steps(tmp_path / "parts")[0] == stopped
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 8
     assert all(torch.equal(parts[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("flags", "config"),
+    [
+        ({}, {"dropout": 0.2}),
+        ({}, {"use_moe": True}),
+        ({"dtype": "bfloat16"}, {}),
+        ({"activation_checkpointing": True}, {"dropout": 0.2}),
+    ],
+    ids=["dropout", "moe", "bfloat16", "checkpointing"],
+)
+def test_answers_change_no_bit_of_what_is_learnt(data, tmp_path, processor, flags, config):
+    without = learn(data, tmp_path / "without", processor, flags, config)
+    shown = learn(data, tmp_path / "with", processor, flags, config, asked=lambda run: None)
+    assert losses(tmp_path / "with") == losses(tmp_path / "without")
+    assert all(torch.equal(shown[name], without[name]) for name in without)
+    assert steps_of_answers(tmp_path / "with") == [3, 6, 9]
+    assert not (tmp_path / "without/samples.jsonl").exists()
+
+
+def steps_of_answers(out: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (out / "samples.jsonl").read_text().splitlines()]
+
+
+def test_a_resumed_run_has_the_answers_of_one_that_never_stopped(data, tmp_path, processor):
+    learn(data, tmp_path / "whole", processor, {}, {}, asked=lambda run: None)
+    learn(data, tmp_path / "parts", processor, {}, {}, stop_at=4, asked=lambda run: None)
+    assert read_steps(tmp_path / "parts") == [5] and steps_of_answers(tmp_path / "parts") == [3]
+    with (tmp_path / "parts/samples.jsonl").open("a") as file:  # of a process that was killed
+        file.write('{"step": 6, "answers": []}\n{"step": 9, "ans')
+    learn(data, tmp_path / "parts", processor, {}, {}, asked=lambda run: None)
+    whole, parts = ((tmp_path / name / "samples.jsonl").read_bytes() for name in ("whole", "parts"))
+    assert parts == whole
+
+
+def test_a_signal_ends_the_answers_and_they_are_made_up_for(data, tmp_path, processor):
+    def stop(run: Runtime) -> None:
+        run.stop_code = 143
+
+    learn(data, tmp_path / "whole", processor, {}, {}, asked=lambda run: None)
+    learn(data, tmp_path / "parts", processor, {}, {}, asked=stop)
+    assert read_steps(tmp_path / "parts") == [3] and not (tmp_path / "parts/samples.jsonl").exists()
+    assert [line[-1] for line in losses(tmp_path / "parts")] == [None]  # the evaluation is not counted either
+    learn(data, tmp_path / "parts", processor, {}, {}, asked=lambda run: None)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    whole, parts = ((tmp_path / name / "samples.jsonl").read_bytes() for name in ("whole", "parts"))
+    assert parts == whole
 
 
 def test_fp16_scale_is_part_of_the_state(data, tmp_path, processor):
@@ -202,7 +261,7 @@ MAY_CHANGE = """
     data_path images_path out_dir batch_size accumulation_steps pack device compile activation_checkpointing
     num_workers log_interval save_interval keep_checkpoints eval_data_path eval_interval tracker use_wandb
     wandb_project resume resume_override timeout_seconds on_bad_sample max_bad_steps loss_spike cache_features
-    eval_blank
+    eval_blank sample_data_path sample_rows
 """.split()
 
 

@@ -1,15 +1,22 @@
 """Trackers: what TensorBoard reads back, curves that go on, and trackers that are missing or break."""
 
+import io
 import json
 import logging
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_accumulator import (
+    EventAccumulator as PluginEventAccumulator,
+)
 
 from common.cli import UserError
 from common.distributed import Runtime
@@ -128,14 +135,103 @@ def test_tracker_that_fails_does_not_end_the_run(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         for step in range(1, 5):
             metrics.write({"step": step, "loss": 1.0})
+            metrics.show(step, SAMPLES)
         metrics.close()
 
-    assert sent == [1]
+    assert sent == [1, 1]
     assert [record.getMessage() for record in caplog.records] == [
         "warning: --tracker wandb failed: ConnectionError: the network is gone, the run goes on without it"
     ]
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+    lines = (tmp_path / "samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+
+
+RED = np.full((4, 6, 3), (255, 0, 0), dtype=np.uint8)
+SAMPLES = [
+    {"where": "a:1", "question": "What?\n*this*", "images": ["a.png"], "expected": "cat", "answer": "<b>dog"},
+    {"where": "a:2", "question": "Hi", "images": [], "expected": "Hello.", "answer": ""},
+]
+SAMPLES = [one | {"picture": picture} for one, picture in zip(SAMPLES, (RED, None), strict=True)]
+
+
+def texts(folder: Path, number: int) -> list[tuple[int, str]]:
+    board = PluginEventAccumulator(
+        str(folder / "tensorboard")
+    ).Reload()  # as the pages of TensorBoard read it
+    events = board.Tensors(f"samples/{number}/text_summary")
+    return [(event.step, event.tensor_proto.string_val[0].decode()) for event in events]
+
+
+def test_tensorboard_shows_answers_with_their_pictures(tmp_path):
+    tracker = opened(tmp_path, tracker="tensorboard")
+    tracker.log({"samples": SAMPLES}, 3)  # killed: nobody calls finish
+
+    # A block of code, which shows text as it is
+    assert texts(tmp_path, 0) == [(3, "    What?\n    *this*\n    expected: cat\n    answer: <b>dog")]
+    assert texts(tmp_path, 1) == [(3, "    Hi\n    expected: Hello.\n    answer: ")]
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    (event,) = events.Images("samples/0")
+    assert events.Tags()["images"] == ["samples/0"] and event.step == 3
+    with Image.open(io.BytesIO(event.encoded_image_string)) as shown:
+        assert np.array_equal(np.asarray(shown), RED)
+
+
+def test_a_resumed_run_goes_on_with_its_answers_in_tensorboard(tmp_path):
+    tracker = opened(tmp_path, tracker="tensorboard")
+    for step in (3, 6):
+        tracker.log({"samples": SAMPLES}, step)
+    resumed = opened(tmp_path, resumed_step=3, tracker="tensorboard")
+    resumed.log({"samples": [one | {"answer": "new"} for one in SAMPLES]}, 6)
+    resumed.finish()
+
+    assert [(step, text.splitlines()[-1].strip()) for step, text in texts(tmp_path, 0)] == [
+        (3, "answer: <b>dog"),
+        (6, "answer: new"),
+    ]
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio", "swanlab"])
+def test_online_trackers_show_answers_by_their_own_classes(tmp_path, monkeypatch, name):
+    logged = []
+    library = SimpleNamespace(
+        init=lambda **settings: SimpleNamespace(log=lambda record, step: logged.append((record, step))),
+        finish=lambda: None,
+        Image=lambda picture, caption=None: ("image", picture.shape, caption),
+        Text=lambda text: ("text", text),
+    )
+    if name != "swanlab":
+        library.Table = lambda columns, data: ("table", columns, data)
+    monkeypatch.setitem(sys.modules, name, library)
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
+    tracker = opened(tmp_path, tracker=name)
+    tracker.log({"loss": 1.0, "grad_norm": None}, 2)
+    tracker.log({"samples": SAMPLES}, 3)
+
+    told = "What?\n*this*\nexpected: cat\nanswer: <b>dog"
+    lists = {"samples/0": ("image", (4, 6, 3), told), "samples/1": ("text", "Hi\nexpected: Hello.\nanswer: ")}
+    columns = ["question", "expected", "answer", "picture"]
+    rows = [["What?\n*this*", "cat", "<b>dog", ("image", (4, 6, 3), None)], ["Hi", "Hello.", "", None]]
+    shown = lists if name == "swanlab" else {"samples": ("table", columns, rows)}
+    assert logged == [({"loss": 1.0}, 2), (shown, 3)]
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio", "swanlab"])
+def test_the_real_libraries_take_answers(tmp_path, monkeypatch, caplog, name):
+    for switch in ("WANDB_MODE", "SWANLAB_MODE"):
+        monkeypatch.setenv(switch, "offline")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read on import
+    pytest.importorskip(name)
+    tracker = opened(tmp_path, tracker=name)
+    for step in (3, 6):
+        tracker.log({"loss": 1.0}, step)
+        tracker.log({"samples": SAMPLES}, step)
+    tracker.finish()
+
+    assert tracker.works and not caplog.records
+    suffix = "*.table.json" if name == "wandb" else "*.png"
+    assert len(list(tmp_path.rglob(suffix))) == 2
 
 
 def test_swanlab_leaves_ctrl_c_to_the_run(tmp_path, monkeypatch):
