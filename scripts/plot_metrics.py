@@ -34,8 +34,16 @@ def read(path: Path) -> list[dict[str, float | None]]:
     path = path / "metrics.jsonl" if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected a run's folder or its metrics.jsonl")
-    with user_errors(str(path)):
-        lines = path.read_text(encoding="utf-8").splitlines()
+    records = read_lines(path)
+    if not any("loss" in record for record in records):
+        raise UserError(f"{path}: none of its {len(records)} lines has a loss")
+    return records
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The objects of a JSONL file that the training wrote. UserError names file and line."""
+    with user_errors(str(path)), path.open(encoding="utf-8") as file:
+        lines = list(file)  # not splitlines(): answers may have what else ends a line in Unicode
     records = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -45,8 +53,6 @@ def read(path: Path) -> list[dict[str, float | None]]:
         if not isinstance(record, dict) or "step" not in record:
             raise UserError(f"{path}:{number}: expected an object with a step, as the training writes it")
         records.append(record)
-    if not any("loss" in record for record in records):
-        raise UserError(f"{path}: none of its {len(records)} lines has a loss")
     return records
 
 

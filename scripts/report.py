@@ -1,4 +1,4 @@
-"""One HTML page about a training run: figures, curves, answers before and after, scores, flags, versions.
+"""One HTML page about a training run: figures, curves, answers on the way and at the end, scores, flags.
 
 The page needs nothing else: pictures and curves are inside it. What a run lacks is said where it would stand.
 """
@@ -19,14 +19,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from plot_metrics import draw_panel, import_figure, panels_of, read
+from plot_metrics import draw_panel, import_figure, panels_of, read, read_lines
 
 from common.cli import UserError, run_main, user_errors
 from common.setup import ENCODERS, build_vlm, load_base
 from common.weights import Sidecar, release_of, write_file
-from dataset.pictures import open_image
+from dataset.errors import DataError
+from dataset.pictures import open_image, picture_name
 from inference.chat import Sampling, encode_picture, stream_answer
-from inference.picture_report import data_uri
+from inference.picture_report import data_uri, thumbnail
 from inference.pictures import SHIPPED_PICTURES, pictures_in
 from inference.trained import load_vlm
 from model.model_vlm import MiniMindVLM
@@ -35,6 +36,7 @@ from trainer.stage import find_base
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURES = ROOT / SHIPPED_PICTURES
+MOST_STEPS = 8  # of the time line
 QUESTION = "Describe the picture."
 ANSWER = Sampling(temperature=0, max_new_tokens=64)
 BASES = {"pretrain_vlm": ("lm", "llm"), "sft_vlm": ("pretrain_vlm",)}  # what a stage starts from
@@ -111,11 +113,14 @@ def render(run: Run) -> str:
     environment.filters["value"] = as_text
     answers, answers_missing = sample_answers(run)
     scores, unread = score_table(run)
+    steps, asked = time_line(run)
     return environment.get_template("report.html.jinja").render(
         name=run.folder.name,
         state=state_of(run),
         tiles=tiles(run),
         curves=curves(run),
+        steps=steps,
+        asked=asked,
         question=QUESTION,
         answers=answers,
         answers_missing=answers_missing,
@@ -220,6 +225,36 @@ def svg(figure) -> Markup:
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     return Markup(text[text.index("<svg") :].replace(INK, "currentColor"))
+
+
+def time_line(run: Run) -> tuple[list[int], list[dict[str, Any]]]:
+    """Up to MOST_STEPS steps, the first and the last among them, and for each question of the last one its
+    pictures and the answer at each of the steps, None where it was not asked. UserError names a file that is
+    not as the training writes it."""
+    path = run.folder / "samples.jsonl"
+    lines = read_lines(path) if path.is_file() else []
+    if (last := len(lines) - 1) >= MOST_STEPS:
+        lines = [lines[round(number * last / (MOST_STEPS - 1))] for number in range(MOST_STEPS)]
+    try:
+        said = [{(one["where"], one["question"]): one for one in line["answers"]} for line in lines]
+        asked = [
+            {name: one[name] for name in ("question", "expected")}
+            | {"pictures": [shown(image, one["where"]) for image in one["images"]]}
+            | {"answers": [answers[key]["answer"] if key in answers else None for answers in said]}
+            for key, one in (said[-1] if said else {}).items()
+        ]
+    except (KeyError, TypeError):
+        raise UserError(f"{path}: expected answers as the training writes them") from None
+    return [line["step"] for line in lines], asked
+
+
+def shown(image: str, where: str) -> dict[str, str | None]:
+    """Name and data URI of a picture; without the latter if it is not there any more."""
+    name = Path(picture_name(image)).name
+    try:
+        return {"name": name, "uri": data_uri(thumbnail(image, where), "image/jpeg")}
+    except DataError:
+        return {"name": name, "uri": None}
 
 
 def sample_answers(run: Run) -> tuple[list[dict[str, Any]], str]:

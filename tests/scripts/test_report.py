@@ -79,6 +79,7 @@ def test_a_real_run_has_everything_in_one_file(data, run, tmp_path, tokenizer):
     flags = [*TINY, "--out_dir", tmp_path / "out", "--batch_size", 4, "--epochs", 1, "--from_weight", base]
     flags += ["--learning_rate", "1e-2", "--images_path", data / "images"]
     evaluation = ["--eval_data_path", data / "captions.jsonl", "--eval_interval", 1]
+    evaluation += ["--sample_data_path", data / "captions.jsonl", "--sample_rows", 4]
     run("train_sft_vlm.py", *flags, "--data_path", data / "dialogues.jsonl", *evaluation)
     folder = tmp_path / "out/runs/sft_vlm_64"
     result = run(SCRIPT, folder)
@@ -94,7 +95,8 @@ def test_a_real_run_has_everything_in_one_file(data, run, tmp_path, tokenizer):
     assert page.count("<svg") == 3
     assert len(texts(page, r'<dd class="before">(.*?)</dd>')) == 12
     assert len(texts(page, r'<dd class="after">(.*?)</dd>')) == 12
-    assert page.count('<img src="data:image/') == page.count("<img") == 12
+    assert page.count('<img src="data:image/') == page.count("<img") == 12 + 4
+    assert len(cells(page)) == 4 * summary["step"]
     assert pairs(page)["hidden_size"] == "64"
     assert pairs(page)["transformers"] == summary_versions(folder)["transformers"]
     assert not re.search(r"""(src|href)=["'](?!data:|#)""", page)  # nothing is fetched from elsewhere
@@ -128,6 +130,70 @@ def test_curves_take_the_colours_of_the_page(folder):
     assert page.count("<svg") == 3 and page.count("currentColor") > 10
     assert report.INK not in page
     assert "sft_vlm_64, eval" in page  # the legend is text, not outlines
+
+
+def write_samples(folder: Path, steps: list[int], answers=lambda step: f"at {step}", **values) -> None:
+    """A question about one picture, and one about none, that are answered at each of `steps`."""
+    asked = {"where": "a:1", "question": ALARM, "images": [], "expected": "at 40", **values}
+    other = {"where": "a:2", "question": "Hi", "images": [], "expected": "Hello.", "answer": ""}
+    lines = [{"step": step, "answers": [asked | {"answer": answers(step)}, other]} for step in steps]
+    write_rows(folder / "samples.jsonl", lines)
+
+
+def cells(page: str) -> list[tuple[str, str]]:
+    """Step and answer of each cell of the time line; right ones end in a star."""
+    found = re.findall(r'<td data-step="(.*?)"( class="right")?>(.*?)</td>', page)
+    return [(step, html.unescape(answer) + ("*" if right else "")) for step, right, answer in found]
+
+
+@pytest.mark.parametrize(
+    ("steps", "shown"),
+    [
+        ([40], ["40"]),
+        ([10, 20, 40], ["10", "20", "40"]),
+        ([*range(10, 1001, 10)], ["10", "150", "290", "430", "580", "720", "860", "1,000"]),
+    ],
+    ids=["one", "few", "many"],
+)
+def test_time_line_has_few_steps_with_the_first_and_the_last(folder, steps, shown):
+    write_samples(folder, steps)
+    page = page_of(folder)
+
+    assert texts(page, r'<table class="card timeline">\s*<thead>(.*?)</thead>')[0].split() == ["step", *shown]
+    found = cells(page)
+    told = [f"at {step.replace(',', '')}" for step in shown]
+    assert found[: len(shown)] == [
+        (step, answer + "*" * (answer == "at 40")) for step, answer in zip(shown, told, strict=True)
+    ]
+    assert found[len(shown) :] == [(step, "(nothing)") for step in shown]
+    assert ALARM not in page and html.escape(ALARM) in page
+
+
+def test_time_line_shows_the_pictures_that_are_there(folder, data):
+    images = [str(data / "images/0.png"), str(data / "gone.png")]
+    write_samples(folder, [1, 2], images=images)
+    page = page_of(folder)
+
+    (table,) = re.findall(r'<table class="card timeline">.*?</table>', page, re.DOTALL)
+    assert re.findall(r'<img src="data:image/jpeg;base64,[^"]+" alt="(.*?)">', table) == ["0.png"]
+    assert "gone.png is not there any more." in table
+
+
+def test_an_answer_may_have_a_line_separator(folder):
+    write_samples(folder, [5], lambda step: "one\u2028two")
+    line = (folder / "samples.jsonl").read_text(encoding="utf-8")
+
+    assert line.count("\n") == 1 and "\u2028" in line
+    assert cells(page_of(folder))[0] == ("5", "one\u2028two")
+
+
+def test_questions_that_came_later_have_no_earlier_answer(folder):
+    write_samples(folder, [5])
+    first = (folder / "samples.jsonl").read_text()
+    write_samples(folder, [6], question="New?")
+    (folder / "samples.jsonl").write_text(first + (folder / "samples.jsonl").read_text())
+
+    assert cells(page_of(folder))[:2] == [("5", "–"), ("6", "at 6")]
 
 
 def test_answers_are_those_of_the_weights(folder, tokenizer):
@@ -219,6 +285,7 @@ def test_what_is_missing_is_said(folder):
     assert texts(page, r"<b>(.*?)</b>") == ["8", "0.5", "0.625", "none"]
     assert pairs(page)["samples per second, newest line"] == "18"
     assert texts(page, r'<p class="missing">(.*?)</p>') == [
+        "Nothing was asked:  --sample_data_path  names the file to ask from.",
         "It is not known what stage this is.",
         "No report_*.json beside the weights is about them. eval_vlm.py --score --report writes one.".replace(
             "eval_vlm.py --score --report", " eval_vlm.py --score --report "
@@ -267,6 +334,16 @@ def test_a_language_model_is_not_asked_about_pictures(folder):
             lambda run: (run / "summary.json").write_text("[]"),
             "expected a JSON object, found list",
             id="list",
+        ),
+        pytest.param(
+            lambda run: (run / "samples.jsonl").write_text('{"step": 1, "answers": [3]}\n'),
+            "{run}/samples.jsonl: expected answers as the training writes them",
+            id="other samples",
+        ),
+        pytest.param(
+            lambda run: (run / "samples.jsonl").write_text('{"step": 1, "answ'),
+            "{run}/samples.jsonl:1: not JSON",
+            id="cut samples",
         ),
         pytest.param(
             lambda run: (run / "report.html").mkdir(), "cannot write {run}/report.html", id="no place"
