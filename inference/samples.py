@@ -28,7 +28,7 @@ from model.processing_vlm import MiniMindVLMProcessor
 from trainer.arguments import VLMTrainingFlags
 from trainer.loop import Answers
 
-MOST_TOKENS = 32  # of an answer: one sees what it is about, and little time is lost
+MOST_TOKENS = 24  # of an answer: it shows what it is about, and little time is lost
 HEIGHT = 192  # pixels of the pictures that are shown
 
 
