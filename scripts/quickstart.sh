@@ -44,7 +44,7 @@ model="--hidden_size $hidden --num_hidden_layers 4 --num_attention_heads 2 --num
 dtype="--dtype float32"
 common="$dtype --out_dir $out --batch_size 16 --warmup_iters 50 --num_workers 1 --epochs 100"
 images="--images_path $data --cache_features $out/features"
-samples="--sample_data_path $data/val.jsonl" # answered while it learns, every --eval_interval
+samples="--sample_data_path $data/val.jsonl --sample_rows 9" # nine show most kinds of questions
 score="eval_vlm.py $dtype --weight $out/sft_vlm_$hidden.pth --images_path $data --score --no_blank_baseline"
 
 # Always run: it sees for itself whether its data are up to date, and changes nothing then.
@@ -62,7 +62,7 @@ stage pretrain $out/pretrain_vlm_$hidden.pth \
     --data_path $data/pretrain.jsonl --learning_rate 1e-3 --max_steps 750 $samples --eval_interval 150
 stage sft $out/sft_vlm_$hidden.pth \
     train_sft_vlm.py $common $images --data_path $data/sft.jsonl --learning_rate 1e-3 --max_steps 6000 \
-    --log_interval 100 --eval_data_path $data/val.jsonl $samples --eval_interval 500
+    --log_interval 100 --eval_data_path $data/val.jsonl $samples --eval_interval 600
 stage seen $out/report_seen.json $score --data_path $data/eval_seen.jsonl --report $out/report_seen.json
 stage unseen $out/report_unseen.json $score --data_path $data/eval_unseen.jsonl --report $out/report_unseen.json
 stage blank $out/report_blank.json \
