@@ -26,10 +26,8 @@ ENCODERS = {2: "model/vision_model/clip-vit-base-patch16", 3: "model/vision_mode
 def build_vlm(
     config: dict[str, Any], vision_model_path: str, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[MiniMindVLM, MiniMindVLMProcessor]:
-    """A model with fresh weights and the encoder of `vision_model_path`, and its processor.
-
-    UserError where tokenizer or encoder are not of the kind that the weights of `config` were trained with.
-    """
+    """A model with fresh weights and the encoder of `vision_model_path`, and its processor. UserError where
+    tokenizer or encoder are not of the kind that the weights of `config` were trained with."""
     text = MiniMindVLMProcessor(None, tokenizer)
     trained = config.get("image_special_token") or text.placeholder
     if not trained.startswith(text.placeholder):

@@ -163,10 +163,8 @@ def release_of(config: dict[str, Any]) -> int:
 
 def config_from_shapes(state: dict[str, torch.Tensor], path: Path) -> dict[str, Any]:
     """The config fields that the shapes of a state dict tell. UserError if it is not a MiniMind one.
-
     Weights with query norms or release 3's projector are of release 3: what no tensor tells has its defaults.
-    Without query norms head counts are not in the shapes; the config's defaults are the published ones.
-    """
+    Without query norms head counts are not in the shapes; the config's defaults are the published ones."""
 
     def size(name: str, axis: int = 0) -> int:
         return state[f"model.{name}.weight"].shape[axis]

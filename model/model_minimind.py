@@ -97,7 +97,6 @@ class MiniMindConfig(PreTrainedConfig):
 @dataclass
 class MiniMindOutput(ModelOutput):
     """`aux_loss` is a scalar, 0 for a dense model and outside training; `loss` is cross-entropy alone.
-
     `output_hidden_states` asks for `hidden_states`: embeddings and each block's output, the last one normed;
     `output_attentions` for `attentions` (B, H, T, S) of each block."""
 
@@ -188,9 +187,7 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _loss_sum(self, hidden: Tensor, targets: LongTensor) -> Tensor:
         """Summed fp32 cross-entropy of hidden states (N, C) and targets (N,); without any, 0 with gradients.
-
-        At most `LOSS_CHUNK` positions have logits at a time.
-        """
+        At most `LOSS_CHUNK` positions have logits at a time."""
         if len(targets) > LOSS_CHUNK:
             # Recompute each chunk's logits in the backward pass rather than keep them all.
             chunks = zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True)
@@ -442,11 +439,8 @@ class MoE(nn.Module):
 
 
 def has_grouped_matmul(states: Tensor) -> bool:
-    """Whether one kernel multiplies all experts' tokens: CUDA in bf16, rows of whole 16 bytes.
-
-    Not on the CPU: there `grouped_mm` is a loop inside, and copies the weights (512 x 1408, 4 experts, 3000
-    choices, fp32, forward and backward: 456 to 475 ms, slices 448 to 458 ms).
-    """
+    """Whether one kernel multiplies all experts' tokens: CUDA in bf16, rows of whole 16 bytes. Not on CPUs,
+    where `grouped_mm` is a loop inside that copies weights, some 3% slower than slices (512 x 1408, fp32)."""
     known = hasattr(F, "grouped_mm")  # not before torch 2.10
     if not known or not states.is_cuda or matmul_dtype(states) != torch.bfloat16 or states.shape[1] % 8:
         return False

@@ -27,9 +27,7 @@ _DEFAULT_PATH = "./model/vision_model/clip-vit-base-patch16"
 
 class VLMConfig(MiniMindConfig):
     """The language model's config, the placeholder, and the encoder's own config: all there is to know.
-
-    `image_ids` has an id for each token of an image; if not given, for as many as `vision_config` makes.
-    """
+    `image_ids` has an id for each token of an image; if not given, for as many as `vision_config` makes."""
 
     model_type = "minimind-v"
     sub_configs_defaults = {  # noqa: RUF012 (the library's class attribute)
@@ -106,12 +104,10 @@ class MiniMindVLM(MiniMindForCausalLM):
 
     @staticmethod
     def get_vision_model(model_path: str | Path) -> tuple[PreTrainedModel, object]:
-        """The vision tower (fp32, frozen, eval mode) and the image processor of a transformers folder.
-
-        A folder with a text tower beside it (CLIP, SigLIP) gives its vision tower; a pooler that it lacks
-        becomes zeros. Raises FileNotFoundError for a missing folder, ValueError for one that holds something
-        else, or through which a blank picture does not pass.
-        """
+        """The vision tower (fp32, frozen, eval mode) and the image processor of a transformers folder; a
+        text tower beside it (CLIP, SigLIP) is left out, a pooler that it lacks becomes zeros. Raises
+        FileNotFoundError for a missing folder, ValueError for one that holds something else, or through
+        which a blank picture does not pass."""
         folder = Path(model_path)
         if not folder.is_dir():
             command = "`python scripts/download.py clip` (release 2) or `siglip2` (release 3)"
@@ -146,11 +142,9 @@ class MiniMindVLM(MiniMindForCausalLM):
 
     @staticmethod
     def get_image_embeddings(pixel_values: Tensor, vision_model: PreTrainedModel) -> Tensor:
-        """Images (B, 3, H, W) -> the patches' last hidden states (B, P, W), without gradient.
-
-        Always in the encoder's own dtype, whatever autocast surrounds the call: features computed during
-        training and features stored before are then the same. To encode in bf16, convert the encoder.
-        """
+        """Images (B, 3, H, W) -> the patches' last hidden states (B, P, W), without gradient. Always in the
+        encoder's own dtype, whatever autocast surrounds the call: features computed during training and
+        features stored before are then the same. To encode in bf16, convert the encoder."""
         with torch.no_grad(), torch.autocast(pixel_values.device.type, enabled=False):
             states = vision_model(pixel_values=pixel_values.to(vision_model.dtype)).last_hidden_state
         patches = math.prod(patch_grid(vision_model.config, pixel_values))
@@ -332,10 +326,8 @@ def load_weights(
     model: MiniMindForCausalLM, state_dict: dict[str, Tensor], allow_missing: tuple[str, ...] = ()
 ) -> None:
     """Copies a state dict into the model, in the model's dtype; what does not fit is named in a ValueError.
-
     No error: an encoder on one side only, masks and `pos_cis` tables of old files, one of two tied weights,
-    and missing keys that start with one of `allow_missing` (`("vision_proj.",)` starts a VLM from an LM).
-    """
+    and missing keys that start with one of `allow_missing` (`("vision_proj.",)` starts a VLM from an LM)."""
     found = {key: value for key, value in state_dict.items() if "mask" not in key and "pos_cis" not in key}
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
     if model.config.tie_word_embeddings and (head in found) != (embedding in found):

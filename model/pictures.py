@@ -30,10 +30,8 @@ def open_picture(
     source: str | Callable, where: str, image_size: int | None = None, kind: type[ValueError] = ValueError
 ) -> Iterator[Image.Image]:
     """The picture in a file, or in what `source()` gives, not decoded yet; a JPEG's decoder may shrink it.
-
     For whatever is wrong with it, inside the block too, an error of type `kind` in one line that begins with
-    `where`: Pillow's decoders raise whatever comes up in a broken file.
-    """
+    `where`: Pillow's decoders raise whatever comes up in a broken file."""
     try:
         with Image.open(source() if callable(source) else source, formats=FORMATS) as image:
             width, height = image.size

@@ -30,11 +30,8 @@ NO_CHANGE |= {"add_special_tokens": (False,), "load_audio_from_video": (False,)}
 
 
 class MiniMindVLMProcessor(ProcessorMixin):
-    """Joins an image processor and the tokenizer.
-
-    `tokens_per_image` is P, the encoder's patch tokens: 196 for CLIP-ViT-B/16 at 224 pixels. `placeholder`
-    is the token that stands for an image P times.
-    """
+    """Joins an image processor and the tokenizer. `tokens_per_image` is P, the encoder's patch tokens: 196
+    for CLIP-ViT-B/16 at 224 pixels. `placeholder` is the token that stands for an image P times."""
 
     model_input_names = ["input_ids", "attention_mask", "pixel_values", "image_counts"]  # noqa: RUF012
 
@@ -63,12 +60,9 @@ class MiniMindVLMProcessor(ProcessorMixin):
         return max(dict(scaled).values()) if scaled else None
 
     def encode_chat(self, messages: Sequence[dict], num_images: int = 0) -> tuple[list[int], list[int]]:
-        """Token ids and labels of a whole conversation, for training.
-
-        Labels are unshifted: an assistant turn's content, its `<|im_end|>` and the newline; -100 elsewhere.
-        ValueError for an unknown role, a blank assistant turn, or `<image>` markers that differ from
-        `num_images`.
-        """
+        """Token ids and labels of a whole conversation, for training. Labels are unshifted: an assistant
+        turn's content, its `<|im_end|>` and the newline; -100 elsewhere. ValueError for an unknown role, a
+        blank assistant turn, or `<image>` markers that differ from `num_images`."""
         messages = self._expand(messages, num_images)
         if any(m["role"] == "assistant" and not m["content"].strip() for m in messages):
             raise ValueError("an assistant turn is empty")
@@ -289,9 +283,7 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern:
 
 def image_slots(flat: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """Images or features (sum of counts, ...), row after row -> (B, N, ...), zeros where a row has fewer.
-
-    `counts` (B,) int64 says how many each row has; N is the largest of them.
-    """
+    `counts` (B,) int64 says how many each row has; N is the largest of them."""
     slots = flat.new_zeros(len(counts), int(counts.max()), *flat.shape[1:])
     slots[torch.arange(slots.shape[1]) < counts[:, None]] = flat
     return slots

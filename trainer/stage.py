@@ -141,10 +141,7 @@ def written_up(
 
 def find_base(flags: TrainingFlags, stages: tuple[str, ...]) -> Path | None:
     """The weights to start from: `--from_weight`, or what one of `stages` wrote to --out_dir in the size that
-    the flags leave open or name. None where there are none.
-
-    UserError where there are several sizes of them.
-    """
+    the flags leave open or name. None where there are none, UserError where there are several sizes."""
     if flags.from_weight is not None:
         return None if flags.from_weight == "none" else weights.published_weights(Path(flags.from_weight))
     found: dict[tuple[int, bool], Path] = {}
@@ -252,11 +249,8 @@ def cache_features(
 
 
 def set_trainable(model: nn.Module, trainable: str) -> None:
-    """Marks which weights learn; the encoder never does.
-
-    `proj`: the projection; `proj_last`: and the last layer; `proj_first_last`: and the first and last layers;
-    `proj_attn`: and all q/k/v/o projections; `proj_llm`: and the whole language model.
-    """
+    """Marks which weights learn: the projection, and with it a part of the language model or all of it. The
+    encoder never does."""
     last = model.config.num_hidden_layers - 1
     learns = {
         "proj": r"vision_proj\.",

@@ -65,9 +65,7 @@ class Checkpoint:
 
 class Checkpoints:
     """A run's checkpoints and weights. The main process alone writes, in a thread, while training goes on.
-
-    `about` goes into every `state.json`; `write_weights(state_dict, step)` writes the `.pth`.
-    """
+    `about` goes into every `state.json`; `write_weights(state_dict, step)` writes the `.pth`."""
 
     def __init__(
         self,
@@ -174,10 +172,8 @@ def newest_first(folder: Path) -> list[Checkpoint]:
 
 
 def newest_intact(folder: Path) -> Checkpoint | None:
-    """The one to go on from, or None; damaged newer ones are set aside with a warning.
-
-    UserError if there are only damaged ones.
-    """
+    """The one to go on from, or None; damaged newer ones are set aside with a warning. UserError if there are
+    only damaged ones."""
     damaged = [one for one in folder.glob("step-*") if read_checkpoint(one) is None]
     found = newest_first(folder)
     while found and not found[0].intact():
@@ -200,10 +196,8 @@ def named_checkpoint(resume: str) -> Checkpoint | None:
 
 
 def find_checkpoint(resume: str, folder: Path, run: Runtime) -> Checkpoint | None:
-    """What --resume names; every rank gets the same one.
-
-    Ranks that torchrun has started again go on with what this run has done, whatever --resume says.
-    """
+    """What --resume names; every rank gets the same one. Ranks that torchrun has started again go on with
+    what this run has done, whatever --resume says."""
     (restarts,) = run.sum(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))  # agents count differently
     if resume == "never":
         old = folder / ".resume-never"  # there as long as the folder is that of the run before
