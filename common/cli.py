@@ -53,10 +53,8 @@ def flag(default: Any, help_text: str, choices: tuple = (), resumable: bool = Fa
     """A field that is a flag; a `resumable` one may change on resume. `settings` are argparse's own, but for
     `by_release`: what it becomes where it is not given (None)."""
     settings |= {"choices": choices} if choices else {}
-    metadata = {"help": help_text, "resumable": resumable, **settings}
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+    value = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return dataclasses.field(**value, metadata={"help": help_text, "resumable": resumable, **settings})
 
 
 @dataclasses.dataclass

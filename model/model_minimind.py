@@ -150,18 +150,16 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         **args,
     ) -> MiniMindOutput:
         """Logits `(B, T, V)`, or only those of the last `logits_to_keep` positions or of an index tensor's.
-
         `attention_mask` is `(B, S)` with 1 for real tokens (cached ones included), or a ready 4-D mask.
+
         `labels` are `(B, T)`, unshifted, -100 where nothing is learnt; `loss` is then the mean over
         supervised tokens, 0 if there are none. Two of `args` matter with them: `num_items_in_batch` divides
-        the summed loss instead of this call's own count (for gradient accumulation and several ranks), and
-        `skip_logits=True` leaves `logits` and `last_hidden_state` None: where no position but the supervised
-        ones matters, the last layer's feed-forward and the head work on those alone.
-
-        What a batch of dataset/collate.py tells is not looked for, which would stop a GPU: `label_positions`
-        and `label_ids` (N,) instead of `labels`, `sequence_ids` (B, T) with their number `sequences` instead
-        of `attention_mask`, for rows that are padded on the right.
-        """
+        the summed loss instead of this call's own count (gradient accumulation, several ranks), and
+        `skip_logits=True` leaves `logits` and `last_hidden_state` None: the last layer's feed-forward and the
+        head then work on supervised positions alone. What a batch of dataset/collate.py tells is not looked
+        for, which would stop a GPU: `label_positions` and `label_ids` (N,) instead of `labels`,
+        `sequence_ids` (B, T) with their number `sequences` instead of `attention_mask`, for rows that are
+        padded on the right."""
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         positions, targets = args.get("label_positions"), args.get("label_ids")
@@ -250,27 +248,22 @@ class MiniMindModel(nn.Module):
         return self.norm(hidden), aux_loss
 
     def _masks(
-        self,
-        hidden: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: LongTensor | None,
-        past_key_values: Cache | None,
+        self, hidden: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: Cache | None
     ) -> tuple[Tensor | None, Tensor | None]:
         """What each token sees (B, 1, T, S), None where the plain causal mask gives the same answer for every
         real token; and which tokens each sequence of a row has (B, R, T), None where a row is one."""
         is_2d = attention_mask is not None and attention_mask.dim() == 2
         tokens = attention_mask[:, -hidden.shape[1] :].bool() if is_2d else None  # (B, T)
-        if position_ids is not None and past_key_values is None and (is_2d or attention_mask is None):
+        if position_ids is not None and cache is None and (is_2d or attention_mask is None):
             starts = position_ids.expand(hidden.shape[:2]) == 0  # (B, T)
             if bool(starts[:, 1:].any()):  # packed
                 numbers = starts.cumsum(-1) if tokens is None else starts.cumsum(-1).masked_fill(~tokens, -1)
                 return sequence_masks(numbers, int(numbers.max()) + 1)
         sequences = tokens[:, None] if tokens is not None else None  # (B, 1, T)
-        if tokens is not None and past_key_values is None and bool((tokens[:, 1:] <= tokens[:, :-1]).all()):
+        if tokens is not None and cache is None and bool((tokens[:, 1:] <= tokens[:, :-1]).all()):
             # With all padding on the right, a causal mask already hides it from every real token.
             return None, sequences
-        mask = create_causal_mask(self.config, hidden, attention_mask, past_key_values, position_ids)
-        return mask, sequences
+        return create_causal_mask(self.config, hidden, attention_mask, cache, position_ids), sequences
 
 
 def sequence_masks(sequence_ids: LongTensor, sequences: int) -> tuple[Tensor | None, Tensor]:

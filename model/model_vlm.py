@@ -177,18 +177,15 @@ class MiniMindVLM(MiniMindForCausalLM):
         picture_numbers: LongTensor | None = None,
         **args,
     ) -> MiniMindOutput:
-        """As the language model's forward, with images.
+        """As the language model's forward, with images, which are read only where the cache is empty. Without
+        them nothing is replaced. ValueError where runs of placeholders and images disagree.
 
         `pixel_values` is (B, I, 3, H, W), or (B, 3, H, W) for one image a row, or (B, I, 1, 3, H, W);
         `image_counts` (B,) int64 says how many of a row's slots are real (absent: all); `image_features`
-        (B, I, P, W) replaces `pixel_values` when features are computed already.
-        Images are read only where the cache is empty. Without images nothing is replaced. ValueError where
-        runs of placeholders and images disagree.
-
-        With the flat `image_positions` (images * N,) that dataset/collate.py tells nothing is looked for or
-        checked: `image_features` are (images, P, W), or `pixel_values` (pictures, 3, H, W), of which
-        `picture_numbers` (images,) tells which an image is.
-        """
+        (B, I, P, W) replaces `pixel_values` when features are computed already. With the flat
+        `image_positions` (images * N,) that dataset/collate.py tells nothing is looked for or checked:
+        `image_features` are (images, P, W), or `pixel_values` (pictures, 3, H, W), of which
+        `picture_numbers` (images,) tells which an image is."""
         are_features = image_features is not None
         images = image_features if are_features else pixel_values
         if images is not None and (past_key_values is None or past_key_values.get_seq_length() == 0):

@@ -91,12 +91,10 @@ class MiniMindVLMProcessor(ProcessorMixin):
         **kwargs,
     ):
         """As transformers has it, but text such as `<|im_start|>` inside a message stays text by default.
-
         Pictures come inside the messages (`{"type": "image", "path": ...}`), or in
         `processor_kwargs["images"]`, a list for each conversation; with `tokenize=True, return_dict=True` the
-        result feeds `generate`. Without `tokenize`: text with `<image>` marks, for `__call__`.
-        ValueError for an argument that neither the template nor `batch` knows.
-        """
+        result feeds `generate`. Without `tokenize`: text with `<image>` marks, for `__call__`. ValueError for
+        an argument that neither the template nor `batch` knows."""
         template = self._resolve_chat_template(chat_template)
         rendering = {name: kwargs.pop(name) for name in [*kwargs] if re.search(rf"\b{name}\b", template)}
         rendering |= {"chat_template": template, "add_generation_prompt": add_generation_prompt}
@@ -121,13 +119,11 @@ class MiniMindVLMProcessor(ProcessorMixin):
         return batch if return_dict else batch["input_ids"]
 
     def __call__(self, images=None, text=None, **kwargs) -> BatchFeature:
-        """Prompts that are already text, with `<image>` where pictures go.
-
-        `images`: for one text a picture or a list; for several texts a list of pictures for each, or a flat
-        list that the texts' markers share out. Without `text`, only `pixel_values` of the pictures.
-        ValueError where markers and pictures differ in number, and for `kwargs` that `batch` does not take:
-        rows are never cut, always padded to the longest one and returned as tensors.
-        """
+        """Prompts that are already text, with `<image>` where pictures go. `images`: for one text a picture
+        or a list; for several texts a list of pictures for each, or a flat list that the texts' markers share
+        out. Without `text`, only `pixel_values` of the pictures. ValueError where markers and pictures differ
+        in number, and for `kwargs` that `batch` does not take: rows are never cut, always padded to the
+        longest one and returned as tensors."""
         options = {"padding_side": self.tokenizer.padding_side, **_checked(kwargs)}
         if text is None:
             data = {"pixel_values": self.pixel_values(_flat(images))}

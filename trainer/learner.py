@@ -166,5 +166,4 @@ def distribute(model: nn.Module, flags: TrainingFlags, runtime: Runtime) -> nn.M
         return model
     ids = [runtime.device.index] if runtime.device.type == "cuda" else None
     # The encoder's and RoPE's buffers never change: nothing to broadcast.
-    settings = {"broadcast_buffers": False, "process_group": runtime.group}
-    return DistributedDataParallel(model, device_ids=ids, **settings)
+    return DistributedDataParallel(model, ids, broadcast_buffers=False, process_group=runtime.group)

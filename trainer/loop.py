@@ -38,10 +38,8 @@ def train(
 ) -> int:
     """Trains `model` in place for `total_steps` (see `planned_steps`), counted from the beginning also where
     there is a state `resumed` to go on from. Returns the exit code: 0, or that of the signal which ended it.
-
     The state is saved every `save_interval` steps, when a signal asks for it and at the end, also where a
-    DataError (a row that is not usable) or a UserError (too many bad steps) ends it.
-    """
+    DataError (a row that is not usable) or a UserError (too many bad steps) ends it."""
     sampler = step_sampler(samples, flags, runtime)
     learner = Learner(model, flags, runtime, samples.pixels)
     progress = Progress()

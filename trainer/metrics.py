@@ -35,8 +35,7 @@ class Metrics:
     A line of `metrics.jsonl` covers the steps since the line before: `loss` is the mean over their supervised
     tokens, `aux_loss` over their rows; rates are per second of all ranks together; `seconds` counts from the
     first step, without the time between a stop and its resumption; `peak_memory_bytes` is the main process's.
-    A run resumed from `resumed_step` goes on with the files as they were at that step.
-    """
+    A run resumed from `resumed_step` goes on with the files as they were at that step."""
 
     def __init__(
         self,

@@ -37,10 +37,8 @@ def run_stage(
 ) -> int:
     """Runs `stage` ("lm", "pretrain_vlm" or "sft_vlm"), which starts from what one of `bases` wrote, or from
     its own checkpoint. `answer(flags, model, processor)` is what answers the questions of --sample_data_path.
-
     Writes `{out_dir}/{stage}_{hidden}.pth` and its sidecar, everything else of the run to `{out_dir}/runs/`;
-    returns the exit code.
-    """
+    returns the exit code."""
     out_dir = Path(flags.out_dir)
     tokenizer_asked = flags.tokenizer_path is not None
     named = state.named_checkpoint(flags.resume)
@@ -224,8 +222,7 @@ def open_samples(
 def open_rows(
     paths: list[str], model: nn.Module, processor: MiniMindVLMProcessor, flags: TrainingFlags, run: Runtime
 ) -> VLMDataset:
-    visual = isinstance(flags, VLMTrainingFlags)
-    images = Path(flags.images_path) if visual and flags.images_path else None
+    images = Path(folder) if (folder := getattr(flags, "images_path", None)) else None
     with run.main_first():
         samples = VLMDataset([Path(path) for path in paths], processor, flags.max_seq_len, images)
         if flags.tokens_per_batch and (longest := samples.lengths().max()) > flags.tokens_per_batch:

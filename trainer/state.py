@@ -63,23 +63,21 @@ class Checkpoint:
         return torch.load(self.folder / "state.pt", map_location="cpu", weights_only=True)
 
 
+@dataclass(eq=False)
 class Checkpoints:
     """A run's checkpoints and weights. The main process alone writes, in a thread, while training goes on.
     `about` goes into every `state.json`; `write_weights(state_dict, step)` writes the `.pth`."""
 
-    def __init__(
-        self,
-        folder: Path,
-        keep: int,
-        is_main: bool,
-        about: dict[str, Any] | None = None,
-        write_weights: Callable[[dict[str, torch.Tensor], int], None] | None = None,
-    ):
-        self.folder, self.keep, self.is_main = folder, keep, is_main
-        self.about, self.write_weights = about, write_weights
+    folder: Path
+    keep: int
+    is_main: bool
+    about: dict[str, Any] | None = None
+    write_weights: Callable[[dict[str, torch.Tensor], int], None] | None = None
+
+    def __post_init__(self):
         self.thread = futures.ThreadPoolExecutor(1)
         self.saves: list[futures.Future] = []
-        for unfinished in folder.glob(".step-*") if is_main else ():  # of a process that was killed
+        for unfinished in self.folder.glob(".step-*") if self.is_main else ():  # of a process that was killed
             shutil.rmtree(unfinished, ignore_errors=True)
 
     def clear(self) -> None:
