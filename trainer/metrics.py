@@ -50,8 +50,8 @@ class Metrics:
         self.bad_samples, self.bad_batches = run_dir / "bad_samples.jsonl", run_dir / "bad_batches.jsonl"
         with runtime.together(), user_errors(f"--out_dir: cannot write {run_dir}"):
             if runtime.is_main:
-                for name in ("metrics.jsonl", "samples.jsonl", self.bad_samples, self.bad_batches):
-                    keep_steps(run_dir / name, resumed_step)
+                for name in ("metrics", "samples", "bad_samples", "bad_batches"):
+                    keep_steps(run_dir / f"{name}.jsonl", resumed_step)
         where = {"total": total_steps, "initial": resumed_step, "disable": not runtime.is_main}
         self.bar = tqdm(**where, desc=description, unit="step", mininterval=0.5)
         self.redirect = logging_redirect_tqdm()

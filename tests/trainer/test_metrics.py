@@ -49,6 +49,18 @@ def metrics_of(run_dir: Path) -> Metrics:
     return Metrics(run_dir, 9, Runtime(torch.device("cpu")), "sft_vlm")
 
 
+@pytest.mark.parametrize("name", ["metrics", "samples", "bad_samples", "bad_batches"])
+def test_a_resumed_run_goes_on_with_the_files_of_its_step(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_dir = Path("out/runs/sft_vlm")  # as --out_dir is by default: relative
+    run_dir.mkdir(parents=True)
+    path = run_dir / f"{name}.jsonl"
+    lines = [f'{{"step": {step}, "error": "row {step}"}}\n' for step in (1, 2, 3)]
+    path.write_text("".join(lines) + '{"step": 4')
+    Metrics(run_dir, 9, Runtime(torch.device("cpu")), "sft_vlm", resumed_step=2).close()
+    assert path.read_text() == "".join(lines[:2])
+
+
 @pytest.fixture
 def on_terminal(tmp_path, monkeypatch) -> Callable[[], tuple[Metrics, Terminal]]:
     """To be called in the test: pytest sets stderr anew after the fixtures."""
