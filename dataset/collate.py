@@ -113,7 +113,7 @@ class StepDataset(Dataset):
 
     def _micro_batch(self, rows: list[int]) -> dict:
         useful, skipped = [], []
-        for sample in self.samples.samples_or_errors(rows):
+        for sample in self.samples.samples_or_errors(self.samples.rows[i] for i in rows):
             if isinstance(sample, DataError):
                 if not self.skip_bad:
                     raise sample
@@ -121,7 +121,7 @@ class StepDataset(Dataset):
             elif sample.supervised:
                 useful.append(sample)
             else:
-                skipped.append(f"{sample.where}: no supervised token within {self.samples.max_length} tokens")
+                skipped.append(f"{sample.where}: {self.samples.nothing_learnt}")
         layout = self.pad_token_id, self.pack_length, self.length_multiple
         batch = collate(useful or [SILENT], *layout, self.samples.processor.tokens_per_image)
         return batch | {"rows": len(useful), "skipped": skipped, "where": [sample.where for sample in useful]}

@@ -23,8 +23,9 @@ def our_row(row: Any, where: str, folder: Path = Path()) -> tuple[str, dict]:
 
     DataError where no layout fits, or where the turns or a part of them are not what their layout has.
     """
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: expected an object, found {type(row).__name__}")
+    if not isinstance(row, dict):  # a ValueError says why
+        found = row if isinstance(row, ValueError) else f"expected an object, found {type(row).__name__}"
+        raise DataError(f"{where}: {found}")
     row = without_nulls(row)
     try:
         for key in row.keys() & {"image", "images", "image_bytes"}:

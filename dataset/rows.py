@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import Any
 
 import datasets.config
 import pyarrow as pa
@@ -131,23 +132,26 @@ def store_of(rows: Dataset) -> str:
     return str(Path(rows.cache_files[0]["filename"]).with_name(STORE)) if rows.cache_files else ""
 
 
-def _missing(image: str, images_root: str) -> bool:
-    return not os.path.isfile(resolve_image(image, images_root, ""))  # noqa: PTH113 (pathlib's may raise)
+def missing(image: str, images_root: str) -> str:
+    """What is said of a picture where no file is; empty where one is."""
+    is_there = os.path.isfile(resolve_image(image, images_root, ""))  # noqa: PTH113 (pathlib's may raise)
+    return "" if is_there else f"image {image!r} not found below {images_root or '.'!r}"
 
 
 def _check_pictures(rows: Dataset, images_root: str) -> None:
     """DataError names the first row whose picture is missing. Each picture is looked up once."""
     column = rows.data.table.column("images")
     images = pc.list_flatten(column)
-    names, gone = images.unique(), []
+    names, gone = images.unique(), {}
     with ThreadPool(STAT_THREADS) as pool:
         for start in tqdm(range(0, len(names), STAT_NAMES), "looking for pictures", leave=False, delay=2):
             part = [name for name in names.slice(start, STAT_NAMES).to_pylist() if not name.startswith("\0")]
-            gone += itertools.compress(part, pool.map(partial(_missing, images_root=images_root), part))
+            told = pool.map(partial(missing, images_root=images_root), part)
+            gone |= {name: message for name, message in zip(part, told, strict=True) if message}
     if gone:
-        first = pc.index(pc.is_in(images, pa.array(gone, images.type)), True).as_py()
+        first = pc.index(pc.is_in(images, pa.array([*gone], images.type)), True).as_py()
         where = rows[pc.list_parent_indices(column)[first].as_py()]["where"]
-        found = f"image {images[first].as_py()!r} not found below {images_root or '.'!r}"
+        found = gone[images[first].as_py()]
         raise DataError(f"{where}: {found} ({len(gone)} of {len(names)} pictures are missing)")
 
 
@@ -156,10 +160,7 @@ def _read(files: list[Path], images_root: str, store: PictureStore, lines: list[
     for file in files:
         counts: Counter[tuple[str, bool]] = Counter()  # of layouts, with and without pictures
         for where, raw in raw_rows(file):
-            layout, row = our_row(raw, where, file.parent)
-            row = normalise_row(row, where, images_root)
-            images = row["images"]
-            row["images"] = [store.add(image) if isinstance(image, bytes) else image for image in images]
+            layout, row = read_row(raw, where, file.parent, images_root, store)
             counts[layout, bool(row["images"])] += 1
             yield row
         if not counts:
@@ -169,6 +170,14 @@ def _read(files: list[Path], images_root: str, store: PictureStore, lines: list[
         what = f"{file_name(file)}: layout {layouts}: {pictured} of {counts.total()} rows have pictures"
         unmarked = counts["release 3", False]
         lines.append(f"{what}; in {unmarked} no <image> asks for it" if unmarked else what)
+
+
+def read_row(raw: Any, where: str, folder: Path, root: str, store: PictureStore) -> tuple[str, dict]:
+    """The layout's name, and a row of a file in `folder` as FEATURES has it; DataError says what is wrong."""
+    layout, row = our_row(raw, where, folder)
+    row = normalise_row(row, where, root)
+    row["images"] = [store.add(image) if isinstance(image, bytes) else image for image in row["images"]]
+    return layout, row
 
 
 def normalise_row(row: dict, where: str, images_root: str | None = None) -> dict:
@@ -207,11 +216,11 @@ def _images(row: dict, where: str, images_root: str | None) -> list[str | bytes]
     if isinstance(images, str):
         whole, images = images.strip(), [name.strip() for name in images.split(",") if name.strip()]
         if len(images) > 1 and images_root is not None:
-            if not _missing(whole, images_root):
+            if not missing(whole, images_root):
                 return [whole]
-            if gone := [name for name in images if _missing(name, images_root)]:
-                found = f"image {gone[0]!r} not found below {images_root or '.'!r}: {whole!r} was split at"
-                raise DataError(f"{where}: {found} the comma, as there is no file of the whole name")
+            if gone := next(filter(None, (missing(name, images_root) for name in images)), None):
+                split = f"{whole!r} was split at the comma, as there is no file of the whole name"
+                raise DataError(f"{where}: {gone}: {split}")
     if not isinstance(images, list) or not all(isinstance(image, str | bytes) for image in images):
         raise DataError(f"{where}: 'image' must be a path or a list of paths, found {reprlib.repr(images)}")
     for name in (image for image in images if isinstance(image, str)):

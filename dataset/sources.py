@@ -80,7 +80,8 @@ def check_file(path: Path) -> None:
 
 
 def raw_rows(path: Path) -> Rows:
-    """`(file:line, row)` of JSON Lines, `(file[index], row)` of a JSON list or of Parquet."""
+    """`(file:line, row)` of JSON Lines, `(file[index], row)` of a JSON list or of Parquet, with a ValueError
+    for a row that cannot be read. DataError where that is so of all that follows."""
     head = _head(path)
     return _parquet_rows(path) if head.startswith(PARQUET) else _json_rows(path, head)
 
@@ -95,20 +96,22 @@ def _head(path: Path) -> bytes:
 
 
 def _json_rows(path: Path, head: bytes) -> Rows:
-    where = name = file_name(path)
+    name = file_name(path)
     with path.open("rb") as file:  # a line ends at b"\n" alone; json decodes it
         file.seek(len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0)
-        try:
-            if head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
-                yield from ((f"{name}[{i}]", row) for i, row in enumerate(json.load(file)))
-                return
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    where = f"{name}:{number}"
-                    yield where, json.loads(line)
-        except (ValueError, RecursionError) as error:
-            expected = "expected a row on each line, or a JSON list of rows"
-            raise DataError(f"{where}: not JSON ({error}), {expected}") from None
+        if head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+            if isinstance(rows := _json(file.read()), ValueError):
+                raise DataError(f"{name}: {rows}")
+            yield from ((f"{name}[{i}]", row) for i, row in enumerate(rows))
+            return
+        yield from ((f"{name}:{i}", _json(line)) for i, line in enumerate(file, start=1) if line.strip())
+
+
+def _json(text: bytes) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return ValueError(f"not JSON ({error}), expected a row on each line, or a JSON list of rows")
 
 
 def _parquet_rows(path: Path) -> Rows:
@@ -118,14 +121,20 @@ def _parquet_rows(path: Path) -> Rows:
         file = pq.ParquetFile(path, buffer_size=BUFFER_BYTES)
         for group in range(file.num_row_groups):  # or the reader keeps what it needed for the groups before
             for batch in file.iter_batches(PARQUET_ROWS, row_groups=[group]):
-                for row in batch.to_pylist():
+                for row in _python_rows(batch):
                     yield f"{name}[{index}]", row
                     index += 1
     except (pa.ArrowException, OSError) as error:
         raise _unreadable(path, error) from None
+
+
+def _python_rows(batch: pa.RecordBatch) -> list[Any]:
+    try:
+        return batch.to_pylist()
     except (ValueError, OverflowError) as error:  # text that is not UTF-8, a date far away
-        found = f"among the {PARQUET_ROWS} rows from [{index}]: {first_line(error)}"
-        raise DataError(f"{name}: {found}") from None
+        if batch.num_rows == 1:
+            return [ValueError(first_line(error))]
+        return [row for i in range(batch.num_rows) for row in _python_rows(batch.slice(i, 1))]
 
 
 def _unreadable(path: Path, error: Exception) -> DataError:

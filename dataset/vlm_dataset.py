@@ -5,9 +5,8 @@ P placeholder tokens per image, T tokens, N images of the row.
 
 import copy
 import hashlib
-import itertools
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from model.model_vlm import MiniMindVLM
 from model.pictures import first_line
 from model.processing_vlm import IGNORE_INDEX, IMAGE_MARKER, MiniMindVLMProcessor, control_tokens
 
+ONLY_TEXT = "has images, but only text can be trained on here"
 TOKENS_AROUND_A_TURN = 6  # two control tokens, the role and the newlines
 
 
@@ -51,11 +51,60 @@ class Sample:
         return any(label != IGNORE_INDEX for label in self.labels[1:])
 
 
-class VLMDataset(Dataset):
-    """Conversations with any number of images, or none; `{"text": ...}` rows are trained on whole.
+class SampleMaker:
+    """Rows as rows.py makes them -> samples; rows longer than `max_length` are cut (in text only)."""
 
-    Rows longer than `max_length` are cut (in text only). DataError names the row that is not usable.
-    """
+    def __init__(self, processor: MiniMindVLMProcessor, max_length: int, images_root: str, store: str):
+        self.processor, self.max_length, self.places = processor, max_length, (images_root, store)
+        self.features: FeatureCache | None = None  # set it to read features instead of pictures
+        self.blank: torch.Tensor | None = None  # (P, W): set it to have these in place of every picture's
+        self.pixels = Pixels(processor.image_processor) if processor.image_processor else None
+        self.nothing_learnt = f"no supervised token within {max_length} tokens"  # of one not `supervised`
+
+    def samples_or_errors(self, rows: Iterable[dict]) -> list[Sample | DataError]:
+        """Of a micro-batch; a picture that several rows show is read once."""
+        pictures: dict[str, torch.Tensor] = {}
+        found: list[Sample | DataError] = []
+        for row in rows:
+            try:
+                found.append(self._sample(row, pictures))
+            except Exception as error:  # a chat template, too, refuses what it does not like
+                is_told = isinstance(error, DataError)
+                found.append(error if is_told else DataError(f"{row['where']}: {first_line(error)}"))
+        return found
+
+    def _sample(self, row: dict, pictures: dict[str, torch.Tensor]) -> Sample:
+        (input_ids, labels), tokens = self.encode(row), self.processor.tokens_per_image
+        starts = image_starts(input_ids, self.processor.placeholder_id, tokens)
+        if len(starts) != (given := len(row["images"])):
+            raise DataError(f"{row['where']}: {len(starts)} runs of placeholders, but {given} images")
+        input_ids, labels, starts = cut(input_ids, labels, starts, tokens, self.max_length)
+        paths = [resolve_image(image, *self.places) for image in row["images"][: len(starts)]]
+        sample = Sample(input_ids, labels, images=paths, image_starts=starts, where=row["where"])
+        if paths and self.blank is not None:
+            sample.image_features = self.blank.expand(len(paths), -1, -1)
+        elif paths and self.features is not None:
+            sample.image_features = torch.stack([self.features[path] for path in paths])
+        elif paths:
+            new = [path for path in dict.fromkeys(paths) if path not in pictures]
+            pictures |= {path: self.picture(path, row["where"]) for path in new}
+            sample.pixel_values = torch.stack([pictures[path] for path in paths])
+        return sample
+
+    def encode(self, row: dict) -> tuple[list[int], list[int]]:
+        if not row["roles"]:
+            input_ids = self.processor.encode_text(row["contents"][0])
+            return input_ids, list(input_ids)
+        turns = zip(row["roles"], row["contents"], strict=True)
+        messages = [{"role": role, "content": content} for role, content in turns]
+        return self.processor.encode_chat(messages, len(row["images"]))
+
+    def picture(self, path: str, where: str) -> torch.Tensor:
+        return self.pixels(open_image(path, where, self.processor.image_size))
+
+
+class VLMDataset(SampleMaker, Dataset):
+    """Conversations with any number of images, or none; `{"text": ...}` rows are trained on whole."""
 
     def __init__(
         self,
@@ -64,12 +113,9 @@ class VLMDataset(Dataset):
         max_length: int,
         images_path: Path | None = None,
     ):
-        self.processor, self.max_length = processor, max_length
-        self.features: FeatureCache | None = None  # set it to read features instead of pictures
-        self.blank: torch.Tensor | None = None  # (P, W): set it to have these in place of every picture's
-        self.pixels = Pixels(processor.image_processor) if processor.image_processor else None
         self.rows = load_rows(paths, images_path)
-        self.places = str(images_path.resolve()) if images_path else "", store_of(self.rows)
+        root = str(images_path.resolve()) if images_path else ""
+        super().__init__(processor, max_length, root, store_of(self.rows))
         arguments = {"tokenizer": processor.tokenizer, "system_tokens": _default_system_tokens(processor)}
         arguments |= {"code": sha256_of(Path(__file__))}
         told = {"remove_columns": self.rows.column_names, "desc": "counting tokens"}
@@ -80,7 +126,7 @@ class VLMDataset(Dataset):
         with_images = np.flatnonzero(self.counts["images"])
         if processor.image_processor is None and len(with_images):
             where = self.rows[int(with_images[0])]["where"]
-            raise DataError(f"{where}: has images, but only text can be trained on here")
+            raise DataError(f"{where}: {ONLY_TEXT}")
 
     def image_paths(self) -> Iterator[tuple[str, str]]:
         """(path, or store and place; row it stands in) of every image of every row."""
@@ -138,50 +184,10 @@ class VLMDataset(Dataset):
 
     def __getitem__(self, index: int) -> Sample:
         """DataError if the row is not usable."""
-        (sample,) = self.samples_or_errors([index])
+        (sample,) = self.samples_or_errors([self.rows[index]])
         if isinstance(sample, DataError):
             raise sample
         return sample
-
-    def samples_or_errors(self, indices: list[int]) -> list[Sample | DataError]:
-        """Of a micro-batch; a picture that several rows show is read once."""
-        pictures: dict[str, torch.Tensor] = {}
-        found: list[Sample | DataError] = []
-        for index in indices:
-            row = self.rows[index]
-            try:
-                found.append(self._sample(row, pictures))
-            except Exception as error:  # a chat template, too, refuses what it does not like
-                is_told = isinstance(error, DataError)
-                found.append(error if is_told else DataError(f"{row['where']}: {first_line(error)}"))
-        return found
-
-    def _sample(self, row: dict, pictures: dict[str, torch.Tensor]) -> Sample:
-        (input_ids, labels), tokens = self._encode(row), self.processor.tokens_per_image
-        starts = image_starts(input_ids, self.processor.placeholder_id, tokens)
-        if len(starts) != (given := len(row["images"])):
-            raise DataError(f"{row['where']}: {len(starts)} runs of placeholders, but {given} images")
-        input_ids, labels, starts = cut(input_ids, labels, starts, tokens, self.max_length)
-        paths = [resolve_image(image, *self.places) for image in row["images"][: len(starts)]]
-        sample = Sample(input_ids, labels, images=paths, image_starts=starts, where=row["where"])
-        if paths and self.blank is not None:
-            sample.image_features = self.blank.expand(len(paths), -1, -1)
-        elif paths and self.features is not None:
-            sample.image_features = torch.stack([self.features[path] for path in paths])
-        elif paths:
-            for path in paths:
-                if path not in pictures:
-                    pictures[path] = self.pixels(open_image(path, row["where"], self.processor.image_size))
-            sample.pixel_values = torch.stack([pictures[path] for path in paths])
-        return sample
-
-    def _encode(self, row: dict) -> tuple[list[int], list[int]]:
-        if not row["roles"]:
-            input_ids = self.processor.encode_text(row["contents"][0])
-            return input_ids, list(input_ids)
-        turns = zip(row["roles"], row["contents"], strict=True)
-        messages = [{"role": role, "content": content} for role, content in turns]
-        return self.processor.encode_chat(messages, len(row["images"]))
 
 
 def _count_tokens(

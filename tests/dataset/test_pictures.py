@@ -63,7 +63,7 @@ def test_a_picture_is_kept_once_however_often_it_is_shown(contents, tmp_path, op
 def test_rows_without_a_picture_and_broken_ones_keep_their_places(contents, tmp_path, processor):
     path = write_table(tmp_path / "x.parquet", [contents[0], b"", b"no picture", contents[1]])
     samples = VLMDataset([path], processor, 512)
-    good, *bad, last = samples.samples_or_errors(range(4))
+    good, *bad, last = samples.samples_or_errors(samples.rows)
     assert torch.equal(last.pixel_values[0], samples[3].pixel_values[0]) and good.supervised
     expected = "not a picture, expected PNG"
     assert str(bad[0]).startswith(f"x.parquet[1]: cannot read image of 0 bytes ({expected}")

@@ -320,9 +320,9 @@ def test_pictures_are_looked_for_at_every_start(data):
 
 def test_each_picture_is_looked_up_once(data, monkeypatch):
     looked_up = []
-    missing = dataset.rows._missing
+    missing = dataset.rows.missing
     monkeypatch.setattr(
-        dataset.rows, "_missing", lambda name, **root: looked_up.append(name) or missing(name, **root)
+        dataset.rows, "missing", lambda name, **root: looked_up.append(name) or missing(name, **root)
     )
     load_rows([data / "captions.jsonl", data / "dialogues.jsonl"], data / "images")
     assert sorted(looked_up) == [f"{i}.png" for i in range(8)]

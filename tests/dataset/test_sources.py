@@ -15,6 +15,7 @@ from hub_stub import COMMIT, HubStub
 
 from dataset.errors import DataError
 from dataset.rows import load_rows
+from dataset.sources import raw_rows
 
 
 def made(*texts: str) -> bytes:
@@ -78,6 +79,7 @@ import sys, logging
 from pathlib import Path
 from dataset.errors import DataError
 from dataset.rows import load_rows
+from dataset.sources import raw_rows
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 for name in sys.argv[1:]:
     try:
@@ -126,3 +128,24 @@ def test_data_sets_that_cannot_be_had_are_named(tmp_path):
     assert none.startswith("error: hf://datasets/owner/none cannot be fetched (")
     assert gated.startswith("error: hf://datasets/owner/gated cannot be fetched (")
     assert empty.startswith("error: ")
+
+
+def test_rows_after_one_that_is_not_json_are_read(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": "cut\n\n{"text": "b"}\n')
+    (where, first), (bad, error), last = raw_rows(tmp_path / "rows.jsonl")
+    assert (where, first, bad, last) == (
+        "rows.jsonl:1",
+        {"text": "a"},
+        "rows.jsonl:2",
+        ("rows.jsonl:4", {"text": "b"}),
+    )
+    assert isinstance(error, ValueError) and str(error).startswith("not JSON (")
+
+
+def test_text_that_is_not_utf_8_spoils_its_own_row_of_parquet_alone(tmp_path):
+    column = pa.array([b"a", b"\xff", b"c"]).view(pa.string())
+    pq.write_table(pa.table({"text": column}), tmp_path / "x.parquet")
+    rows = dict(raw_rows(tmp_path / "x.parquet"))
+    assert (rows["x.parquet[0]"], rows["x.parquet[2]"]) == ({"text": "a"}, {"text": "c"})
+    with pytest.raises(DataError, match=r"^x.parquet\[1\]: 'utf-8' codec can't decode byte 0xff"):
+        load_rows([tmp_path / "x.parquet"])

@@ -141,7 +141,8 @@ def test_what_a_text_merely_quotes_is_counted_as_text(data, processor, row):
 )
 def test_a_text_that_looks_like_an_image_is_that_rows_error(data, processor, row):
     rows = write_rows(data / "rows.jsonl", [row, {"text": "@@@ is text"}])
-    bad, good = VLMDataset([rows], processor, 512).samples_or_errors([0, 1])
+    samples = VLMDataset([rows], processor, 512)
+    bad, good = samples.samples_or_errors(samples.rows)
     assert isinstance(bad, DataError)
     assert str(bad) == "rows.jsonl:1: the text has 4 '@' in a row: that means an image"
     assert good.input_ids.count(34) == 3
@@ -151,7 +152,8 @@ def test_what_the_template_refuses_is_that_rows_error(data, processor):
     strict = "{{ raise_exception('roles must alternate') if messages|length > 2 else messages[0].content }}"
     processor = MiniMindVLMProcessor(processor.image_processor, processor.tokenizer, strict, 4)
     rows = write_rows(data / "rows.jsonl", [talk("a", "b", "c"), talk("a", "b")])
-    bad, good = VLMDataset([rows], processor, 512).samples_or_errors([0, 1])
+    samples = VLMDataset([rows], processor, 512)
+    bad, good = samples.samples_or_errors(samples.rows)
     assert isinstance(bad, DataError) and str(bad) == "rows.jsonl:1: roles must alternate"
     assert good.input_ids
 
