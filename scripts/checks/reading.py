@@ -1,11 +1,12 @@
 """Files of rows -> a verdict on each row and facts about it, by the code that training reads with.
 
-Worker processes judge chunks of rows; memory does not grow with their number. What is counted is figures.py's.
+Worker processes judge chunks of rows; memory does not grow with their number. Counting is figures.py's.
 """
 
 import hashlib
 import os
 import random
+import tempfile
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ from dataset.vlm_dataset import ONLY_TEXT, Sample, SampleMaker
 from model.pictures import open_picture
 from model.processing_vlm import IGNORE_INDEX, IMAGE_MARKER, MiniMindVLMProcessor
 
-CHUNK_ROWS = 64  # that a worker judges at a time, and of which the pictures in the file are in memory
+CHUNK_ROWS = 64  # that a worker judges at a time, and whose pictures are in memory if they stand in the file
 KNOWN_PICTURES = 50_000  # whose verdict a worker remembers: rows of a picture mostly stand together
 ANSWER_CHARACTERS = 200  # longer answers are counted, but not told
 SAMPLES, SAMPLES_SEED = 24, 0
@@ -43,40 +44,40 @@ class RawRow(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """A picture that can be decoded; `name` is the digest of what the row calls it, `content` of its bytes."""
+    """A picture of a row: digests of what the row calls it and of its bytes. The rest is known where it is
+    decoded; `size` is width and height in pixels."""
 
     name: int
     content: int
-    size: tuple[int, int] = (0, 0)  # width and height in pixels; not known where nothing is decoded
+    size: tuple[int, int] | None = None
     mode: str = ""
     format: str = ""
 
 
 @dataclass(slots=True)
 class Facts:
-    """What is known of a row. An `error` makes it bad; a structural one ends training before its first step."""
+    """What is known of a row. An `error` makes it bad; a structural one ends training before it begins."""
 
     file: int
     where: str
     error: str = ""
     is_structural: bool = False
     layout: str = ""
-    kind: str = ""
     digest: int = 0  # of all that is learnt from
     pictures: list[Picture] = field(default_factory=list)
     tokens: int = 0  # before the row is cut
     is_cut: bool = False
-    supervised: int = 0  # tokens after that
+    supervised: int = 0  # tokens that are left of it
     answers: list[tuple[int, str]] = field(default_factory=list)  # digest, and the text if it is short
     answers_cut: int = 0  # that lose their end
-    questions: list[int] = field(default_factory=list)  # digests of what is asked with the pictures shown
+    questions: list[int] = field(default_factory=list)  # digests of pictures and what is asked
     script: str = ""
 
 
 class RowChecker(SampleMaker):
-    """Judges chunks of raw rows; a data set for a DataLoader, whose indices are the chunks themselves.
+    """Judges chunks of raw rows: a data set for a DataLoader, whose indices are the chunks themselves.
 
-    Pictures inside files stand in `scratch` while their chunk is judged, a file for each process.
+    Pictures that stand in files are in `scratch` while their chunk is judged, a file for each process.
     """
 
     def __init__(
@@ -91,23 +92,170 @@ class RowChecker(SampleMaker):
         super().__init__(processor, max_length, str(images_path.resolve()) if images_path else "", "")
         self.files, self.decode, self.scratch = files, decode, scratch
         self.known: dict[str, Picture | str] = {}  # by path or content; of a bad one what is said of it
-        self.whole: tuple[list[int], list[int]] = [], []  # token ids and labels of the last row, before a cut
-        self.broken: list[str] = []  # what is said of files, or their rests, that could not be read
-        self.sampled: list[RawRow] = []  # drawn evenly from all rows
-        self.drawn = random.Random(SAMPLES_SEED)
-        self.count = 0
+        self.shown: dict[str, Picture] = {}  # by path, of the row that is judged
+        self.whole: tuple[list[int], list[int]] = [], []  # its token ids and labels before it is cut
 
-    def verdicts(self, num_workers: int, rows: int | None, title: str) -> Iterator[Facts]:
-        """Of all rows, in their order; `broken` and `sampled` are whole after the last. `rows` and `title` are
-        for the progress bar."""
+    def __getitem__(self, chunk: list[RawRow]) -> list[Facts]:
+        return [facts if row is None else self.judge(facts, row)[0] for facts, row in self.read(chunk)]
+
+    def read(self, chunk: list[RawRow]) -> list[tuple[Facts, dict | None]]:
+        """Rows as rows.py has them, None where the structure is bad; their pictures are in the store."""
+        store = self.scratch / str(os.getpid())
+        self.places = self.places[0], str(store)
+        with store.open("wb") as file:
+            pictures = PictureStore(file)
+            return [self._structure(raw, pictures) for raw in chunk]
+
+    def _structure(self, given: RawRow, store: PictureStore) -> tuple[Facts, dict | None]:
+        facts, root = Facts(given.file, given.where), self.places[0]
+        try:
+            facts.layout, row = read_row(given.raw, given.where, self.files[given.file].parent, root, store)
+            for image in row["images"]:
+                if not image.startswith("\0") and (told := missing(image, root)):
+                    raise DataError(f"{given.where}: {told}")
+            if row["images"] and self.processor.image_processor is None:
+                raise DataError(f"{given.where}: {ONLY_TEXT}")
+        except DataError as error:
+            facts.error, facts.is_structural = str(error), True
+            return facts, None
+        return facts, row
+
+    def judge(self, facts: Facts, row: dict) -> tuple[Facts, Sample | None]:
+        """Adds what the sample of a row tells; None where it cannot be learnt from."""
+        self.shown, self.whole = {}, ([], [])
+        (sample,) = self.samples_or_errors([row])
+        names = [resolve_image(image, *self.places) for image in row["images"]]
+        facts.pictures = [self.shown.get(name) or self._undecoded(name) for name in names]
+        contents = [picture.content for picture in facts.pictures]
+        facts.digest = digest(contents, row["roles"], row["contents"])
+        turns = list(zip(row["roles"], row["contents"], strict=False))  # a row of text has no roles
+        asked = [text.replace(IMAGE_MARKER, "").strip() for role, text in turns if role == "user"]
+        answers = [text.strip() for role, text in turns if role == "assistant"]
+        facts.questions = [digest(contents, text) for text in asked]
+        facts.answers = [(digest(text), text if len(text) <= ANSWER_CHARACTERS else "") for text in answers]
+        facts.script = script_of(row["contents"])
+        ids, labels = self.whole
+        facts.tokens = len(ids)
+        if isinstance(sample, DataError):
+            facts.error = str(sample)
+            return facts, None
+        facts.is_cut = len(sample.input_ids) < len(ids)
+        facts.supervised = len(sample.labels) - sample.labels[1:].count(IGNORE_INDEX) - 1
+        end, lost = self.processor.tokenizer.eos_token_id, labels[len(sample.input_ids) :]
+        facts.answers_cut = lost.count(end) if row["roles"] else 0
+        if not sample.supervised:
+            facts.error = f"{facts.where}: {self.nothing_learnt}"
+        return facts, sample
+
+    def encode(self, row: dict) -> tuple[list[int], list[int]]:
+        self.whole = super().encode(row)
+        return self.whole
+
+    def picture(self, path: str, where: str) -> torch.Tensor:
+        """Nothing but the verdict; each picture is decoded once while it is remembered."""
+        if not self.decode:
+            return NO_PIXELS
+        key = picture_digest(path) if "\0" in path else path
+        if (known := self.known.get(key)) is None:
+            try:
+                super().picture(path, where)
+                known = self._decoded(path)
+            except DataError as error:
+                known = str(error).removeprefix(where)
+            if len(self.known) == KNOWN_PICTURES:
+                del self.known[next(iter(self.known))]
+            self.known[key] = known
+        if isinstance(known, str):
+            raise DataError(f"{where}{known}")
+        self.shown[path] = known
+        return NO_PIXELS
+
+    def _decoded(self, path: str) -> Picture:
+        content = int(picture_digest(path)[:16], 16)
+        with open_picture(partial(picture_file, path), path) as image:
+            found = image.size, image.mode, image.format or ""
+        return Picture(content if "\0" in path else digest(path), content, *found)
+
+    def _undecoded(self, path: str) -> Picture:
+        name = int(picture_digest(path)[:16], 16) if "\0" in path else digest(path)
+        return Picture(name, name)
+
+
+class Reading:
+    """Of the files that --data_path names: `verdicts` once, after which `broken` and `sampled` are whole."""
+
+    def __init__(self, files: list[Path], processor: MiniMindVLMProcessor, *how: Any):
+        """`how` are max_length, images_path and decode of RowChecker."""
+        self.files, self.folder = files, tempfile.TemporaryDirectory()
+        self.checker = RowChecker(files, processor, *how, Path(self.folder.name))
+        self.broken: list[tuple[Path, str]] = []  # files, or rests of them, that could not be read, and why
+        self.sampled: list[RawRow] = []  # drawn evenly from all rows
+        self.random, self.count = random.Random(SAMPLES_SEED), 0
+
+    def verdicts(self, num_workers: int, title: str) -> Iterator[Facts]:
+        """Of every row, in their order; `title` is for the progress bar."""
         workers = {"num_workers": num_workers, "worker_init_fn": ignore_signals}
-        loader = DataLoader(self, batch_size=None, sampler=self._chunks(), **workers)
-        with tqdm(total=rows, desc=title, unit=" rows", mininterval=0.5, disable=None) as bar, signals_held():
-            chunks = iter(loader)
-        with tqdm(total=rows, desc=title, unit=" rows", mininterval=0.5) as bar:
+        with signals_held():
+            chunks = iter(DataLoader(self.checker, batch_size=None, sampler=self._chunks(), **workers))
+        with tqdm(desc=title, unit=" rows", unit_scale=True, mininterval=0.5) as bar:
             try:
                 for facts in chunks:
                     yield from facts
                     bar.update(len(facts))
             except RuntimeError as error:
-                raise explained(error) or error from None
+                if told := explained(error):
+                    raise told from None
+                raise
+
+    def _chunks(self) -> Iterator[list[RawRow]]:
+        for number, file in enumerate(self.files):
+            before, chunk = self.count, []
+            try:
+                check_file(file)
+                for where, raw in raw_rows(file):
+                    chunk.append(self._drawn(RawRow(number, where, raw)))
+                    if len(chunk) == CHUNK_ROWS:
+                        yield chunk
+                        chunk = []
+                if self.count == before:
+                    raise DataError(f"{file}: no rows")
+            except DataError as error:
+                self.broken.append((file, str(error)))
+            if chunk:
+                yield chunk
+
+    def _drawn(self, row: RawRow) -> RawRow:
+        """The row, kept for the page with the same probability as any other."""
+        self.count += 1
+        if len(self.sampled) < SAMPLES:
+            self.sampled.append(row)
+        elif (place := self.random.randrange(self.count)) < SAMPLES:
+            self.sampled[place] = row
+        return row
+
+
+def digest(*parts: Any) -> int:
+    """64 bits of what `parts` say."""
+    text = repr(parts).encode(errors="surrogatepass")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
+
+
+def script_of(texts: list[str]) -> str:
+    """The script that most letters of a row are in, by Unicode's names; kana make its Han Japanese."""
+    counts: Counter[str] = Counter()
+    for character, count in Counter("".join(texts)).items():
+        counts[letter_script(character)] += count
+    del counts[""]
+    kana = counts.pop("Hiragana", 0) + counts.pop("Katakana", 0)
+    if kana:
+        counts["Japanese"] = kana + counts.pop("Han", 0)
+    return counts.most_common(1)[0][0] if counts else "no letters"
+
+
+@lru_cache(maxsize=65_536)
+def letter_script(character: str) -> str:
+    """Latin, Han, Cyrillic, ...; empty for what is no letter."""
+    if not character.isalpha():
+        return ""
+    word = unicodedata.name(character, "other").split()[0].capitalize()
+    return {"Cjk": "Han", "Fullwidth": "Latin", "Halfwidth": "Katakana"}.get(word, word)
