@@ -122,14 +122,14 @@ def _the_cauldron(row: dict) -> dict:
 
 def _turns(found: Any, column: str) -> list[dict]:
     """A list of objects, or JSON of one."""
-    expected = f"expected a non-empty list {column!r}, found {reprlib.repr(found)}"
+    expected, given = f"expected a non-empty list {column!r}, found", found  # shortened where it is told
     if isinstance(found, str):
         try:
             found = json.loads(found)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{expected}, not JSON ({error})") from None
+            raise ValueError(f"{expected} {reprlib.repr(given)}, not JSON ({error})") from None
     if not isinstance(found, list) or not found:
-        raise ValueError(expected)
+        raise ValueError(f"{expected} {reprlib.repr(given)}")
     for number, turn in enumerate(found, start=1):
         if not isinstance(turn, dict):
             parts = "'user' and 'assistant'" if column == "texts" else "'role' and 'content'"

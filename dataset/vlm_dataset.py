@@ -227,15 +227,11 @@ def _default_system_tokens(processor: MiniMindVLMProcessor) -> int:
     return len(processor.encode_prompt([user])) - len(given) + 1 + TOKENS_AROUND_A_TURN
 
 
-def image_starts(input_ids: list[int], placeholder: int, tokens_per_image: int) -> list[int]:
-    """Where the placeholders of each image begin."""
-    starts, position = [], 0
-    for token, run in itertools.groupby(input_ids):
-        images, rest = divmod(len(list(run)), tokens_per_image)  # a shorter run of placeholders is text
-        if token == placeholder:
-            starts += [position + i * tokens_per_image for i in range(images)]
-        position += images * tokens_per_image + rest
-    return starts
+def image_starts(input_ids: list[int], placeholder: int, tokens: int) -> list[int]:
+    """Where the placeholders of each image begin, so many `tokens`; a shorter run of them is text."""
+    changes = np.diff(np.equal(input_ids, placeholder).astype(np.int8), prepend=0, append=0)
+    runs = np.flatnonzero(changes).reshape(-1, 2).tolist()  # begin and end
+    return [start for begin, end in runs for start in range(begin, end - tokens + 1, tokens)]
 
 
 def cut(

@@ -7,6 +7,7 @@ samples as the model will see them. Exit code 1 if any row is bad.
 import json
 import os
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.cli import CONTROLS, flag, parse_flags, run_main, user_errors, write_stdout
 from common.setup import ENCODERS, TOKENIZERS, build_vlm, settings_of_base
 from common.tokenizer import load_tokenizer
-from common.weights import release_of, write_json
+from common.weights import release_of, write_file, write_json
 from dataset.sources import find_files
 from model.processing_vlm import MiniMindVLMProcessor
+from scripts.checks.clean import CleanCopy
 from scripts.checks.figures import Figures, Overlap, lines_of
+from scripts.checks.pages import page
 from scripts.checks.reading import Facts, Reading
 from trainer.arguments import ROW_FILES
 
@@ -46,6 +49,9 @@ class CheckFlags:
     decode: bool = flag(True, "open every picture, not only look whether it is there")
     num_workers: int = flag(min(8, os.cpu_count() or 1), "processes that check rows; 0: this one")
     out_dir: str = flag("out/check_data", "folder for the report")
+    fix: str | None = flag(
+        None, "folder for a copy of the files without rows that are bad or like one before"
+    )
 
     def __post_init__(self) -> None:
         if not self.data_path:
@@ -59,29 +65,34 @@ def main() -> int:
     flags, start = parse_flags(CheckFlags, __doc__), time.perf_counter()
     processor = open_processor(flags)
     out = Path(flags.out_dir)
+    copy = CleanCopy(flags.data_path, Path(flags.fix), flags.images_path) if flags.fix else None
     report: dict[str, Any] = {"max_seq_len": flags.max_seq_len, "decoded": flags.decode}
-
     with user_errors("--out_dir"):
         out.mkdir(parents=True, exist_ok=True)
         listing = (out / "bad_rows.jsonl").open("wb", buffering=0)
-    with listing:
-        reading, figures = read(flags, flags.data_path, processor), Figures()
+    with listing, tempfile.TemporaryDirectory() as scratch:
+        reading, figures = read(flags, flags.data_path, processor, scratch), Figures()
         for facts in reading.verdicts(flags.num_workers, "checking rows"):
             figures.add(facts)
+            if copy:
+                copy.add(facts)
             list_bad(listing, facts, reading)
         list_broken(listing, reading)
         report.update(
             files=[str(file) for file in reading.files], broken_files=[error for _, error in reading.broken]
         )
         report.update(figures.report())
+        report["seconds"] = round(time.perf_counter() - start, 2)
         if flags.eval_data_path:
-            report["overlap"] = compare(flags, figures, processor, listing)
-
-    report["seconds"] = round(time.perf_counter() - start, 2)
+            report["overlap"] = compare(flags, figures, processor, listing, scratch)
+        html = page(report, reading.checker, reading.sampled).encode(errors="backslashreplace")
     write_json(out / "report.json", report)
+    write_file(out / "index.html", lambda file: file.write(html))
     for line in lines_of(report):
         write_stdout(line.translate(CONTROLS) + "\n")
-    write_stdout(f"all of it: {out / 'report.json'}, {out / 'bad_rows.jsonl'}\n")
+    write_stdout(f"all of it: {out / 'index.html'}, {out / 'report.json'}, {out / 'bad_rows.jsonl'}\n")
+    for line in copy.write() if copy else ():
+        write_stdout(line.translate(CONTROLS) + "\n")
     return int(is_bad(report))
 
 
@@ -103,15 +114,17 @@ def open_processor(flags: CheckFlags) -> MiniMindVLMProcessor:
     return build_vlm(SMALL | taken | shuffled, encoder, tokenizer)[1]
 
 
-def read(flags: CheckFlags, paths: list[str], processor: MiniMindVLMProcessor) -> Reading:
+def read(flags: CheckFlags, paths: list[str], processor: MiniMindVLMProcessor, scratch: str) -> Reading:
     files = [file for path in paths for file in find_files(Path(path))]
     images = Path(flags.images_path) if flags.images_path else None
-    return Reading(files, processor, flags.max_seq_len, images, flags.decode)
+    return Reading(files, processor, flags.max_seq_len, images, flags.decode, Path(scratch))
 
 
-def compare(flags: CheckFlags, learnt: Figures, processor: MiniMindVLMProcessor, listing: BinaryIO) -> dict:
+def compare(
+    flags: CheckFlags, learnt: Figures, processor: MiniMindVLMProcessor, listing: BinaryIO, scratch: str
+) -> dict[str, Any]:
     """Checks --eval_data_path, and says what its rows share with those that are `learnt`."""
-    reading, overlap, bad = read(flags, flags.eval_data_path, processor), Overlap(learnt), 0
+    reading, overlap, bad = read(flags, flags.eval_data_path, processor, scratch), Overlap(learnt), 0
     shared = []
     for facts in reading.verdicts(flags.num_workers, "checking evaluation rows"):
         bad += bool(facts.error)

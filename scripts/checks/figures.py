@@ -147,7 +147,10 @@ class Overlap:
 
 
 def _among(digests: list[int], known: np.ndarray) -> bool:
-    return bool(np.isin(np.asarray(digests, dtype=np.uint64), known).any())
+    """Whether any of them is among the `known`, which are sorted."""
+    found = np.asarray(digests, dtype=np.uint64)
+    places = np.searchsorted(known, found).clip(max=max(len(known) - 1, 0))
+    return bool(len(known) and (known[places] == found).any())
 
 
 def summary(counts: Counter[int]) -> dict[str, Any]:

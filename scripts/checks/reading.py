@@ -6,7 +6,6 @@ Worker processes judge chunks of rows; memory does not grow with their number. C
 import hashlib
 import os
 import random
-import tempfile
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
@@ -185,9 +184,8 @@ class Reading:
     """Of the files that --data_path names: `verdicts` once, after which `broken` and `sampled` are whole."""
 
     def __init__(self, files: list[Path], processor: MiniMindVLMProcessor, *how: Any):
-        """`how` are max_length, images_path and decode of RowChecker."""
-        self.files, self.folder = files, tempfile.TemporaryDirectory()
-        self.checker = RowChecker(files, processor, *how, Path(self.folder.name))
+        """`how` is what else RowChecker takes."""
+        self.files, self.checker = files, RowChecker(files, processor, *how)
         self.broken: list[tuple[Path, str]] = []  # files, or rests of them, that could not be read, and why
         self.sampled: list[RawRow] = []  # drawn evenly from all rows
         self.random, self.count = random.Random(SAMPLES_SEED), 0

@@ -1,5 +1,6 @@
 """scripts/check_data.py: training's verdicts on all rows at once, figures that are right, clean copies."""
 
+import base64
 import io
 import json
 import re
@@ -257,7 +258,7 @@ def test_a_bad_structure_ends_training_with_the_same_words(layout, number, folde
     path = write(folder, layout, [fine, cases[number][0]])
     with pytest.raises(DataError) as caught:
         VLMDataset([path], trained_with, LIMIT, folder)
-    reading = Reading([path], trained_with, LIMIT, folder, True)
+    reading = Reading([path], trained_with, LIMIT, folder, True, folder)
     first, second = reading.verdicts(0, "")
     assert (first.error, second.is_structural) == ("", True)
     assert re.sub(r" \(\d+ of \d+ pictures are missing\)$", "", str(caught.value)) == second.error
@@ -451,3 +452,51 @@ def test_a_summary_has_percentiles_and_bins_of_equal_width():
     assert (found["mean"], found["min"], found["p50"], found["p95"], found["p100"]) == (50.5, 1, 50, 95, 100)
     bins = found["histogram"]
     assert sum(bins["count"]) == 100 and len({*np.diff(bins["from"])}) == 1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_clean_copy_has_the_good_rows_once_and_the_original_stays(layout, folder, run):
+    fine, cases = LAYOUTS[layout]()
+    path = write(folder, layout, [fine, *(row for row, _, _ in cases), fine])
+    before = path.read_bytes()
+    clean = folder / "clean"
+    result = run(*checking(path, "--fix", clean), expect=1)
+    assert f"{clean / path.name}: 1 of {len(cases) + 2} rows" in result.stdout
+    assert path.read_bytes() == before
+    report = checked(run, clean / path.name, "--images_path", folder)
+    assert (report["rows"], report["good_rows"], report["pictures"]["rows"]) == (1, 1, 1)
+
+
+def test_a_clean_copy_of_a_json_list_and_of_a_folder_keeps_names(folder, run):
+    (folder / "data/part").mkdir(parents=True)
+    (folder / "data/a.json").write_text(json.dumps([{"text": "A thing."}, 5]))
+    (folder / "data/part/b.json").write_text(json.dumps([{"text": "A thing."}, {"text": "Another."}]))
+    run(*checking(folder / "data"), "--fix", folder / "clean", expect=1)
+    assert json.loads((folder / "clean/a.json").read_text()) == [{"text": "A thing."}]
+    assert json.loads((folder / "clean/part/b.json").read_text()) == [{"text": "Another."}]
+
+
+@pytest.mark.parametrize("names", [["a/x.jsonl", "b/x.jsonl"], ["x.jsonl"]], ids=["one name", "itself"])
+def test_a_clean_copy_overwrites_nothing_that_is_checked(names, folder, run):
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_rows(folder / name, [{"text": "A thing."}])
+    result = run(
+        *checking(folder), "--data_path", *(folder / name for name in names), "--fix", folder, expect=1
+    )
+    assert re.search("^error: --fix .*: ", result.stderr, re.MULTILINE)
+    assert json.loads((folder / names[0]).read_text()) == {"text": "A thing."}
+
+
+def test_the_page_shows_what_the_model_sees(folder, run, trained_with):
+    rows = [{"image": "fine.png", "conversations": turns(answer="<b>A thing.")}, 5]
+    path = write_rows(folder / "rows.jsonl", rows)
+    checked(run, path, expect=1)
+    page = (folder / "check/index.html").read_text()
+    assert '<mark class="image">&lt;196 x @&gt;</mark>' in page
+    assert '<mark class="learnt">&lt;b&gt;A thing.&lt;|im_end|&gt;\n</mark>' in page
+    assert "rows.jsonl:2: expected an object, found int" in page
+    (uri,) = re.findall('src="data:image/png;base64,([^"]*)"', page)
+    shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri))))
+    samples = VLMDataset([write_rows(folder / "fine.jsonl", rows[:1])], trained_with, LIMIT, folder)
+    assert (shown == samples[0].pixel_values[0].permute(1, 2, 0).numpy()).all()
