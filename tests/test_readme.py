@@ -26,6 +26,7 @@ from dataset.layouts import our_row
 from dataset.rows import normalise_row
 from model.model_minimind import MiniMindForCausalLM
 from model.model_vlm import MiniMindVLM, VLMConfig
+from scripts.check_data import CheckFlags
 
 PAGES = ["README.md", "README_zh.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 OPEN = "TODO-FIGURE"
@@ -127,8 +128,9 @@ def test_scripts_accept_the_commands(command, monkeypatch, capsys, request):
 def test_flags_in_the_text_exist():
     known = {"help", "nproc_per_node"}
     programs = (train_sft_vlm.SFTFlags, eval_vlm.EvalFlags, convert_to_hf.ConvertFlags, web_demo.DemoFlags)
-    for flags in programs:
+    for flags in (*programs, CheckFlags):
         known |= flags.__dataclass_fields__.keys()
+        known |= {f"no_{item.name}" for item in flags.__dataclass_fields__.values() if item.default is True}
     for script in (ROOT / "scripts").rglob("*.py"):
         known |= set(re.findall(r'"--(\w+)"', script.read_text(encoding="utf-8")))
     named = {flag for page in PAGES for span in spans(page) for flag in re.findall(r"--(\w+)", span)}
