@@ -25,15 +25,13 @@ WINDOW_STEPS = 50  # rows are sorted by length within shuffled windows of this m
 
 @dataclass(eq=False)
 class StepSampler(Sampler):
-    """Yields, for each optimizer step, this rank's row numbers: a list of micro-batches.
-
-    Every row comes once an epoch, shuffled by (seed, epoch). Rows of a step are of similar length. The rows
-    of a step depend on batch_size * accumulation_steps * world_size only, not on how they are split, and
-    ranks get rows of nearly equal lengths. All ranks have the same number of micro-batches; one without a row
-    of its own (end of the epoch) gets an empty list. With `tokens_per_batch`, a micro-batch has as many rows
-    as fit instead of `batch_size`: longest row times rows is at most that, and the number of steps differs a
-    little from epoch to epoch.
-    """
+    """Yields, for each optimizer step, this rank's row numbers: a list of micro-batches. Every row comes once
+    an epoch, shuffled by (seed, epoch). Rows of a step are of similar length. The rows of a step depend on
+    batch_size * accumulation_steps * world_size only, not on how they are split, and ranks get rows of nearly
+    equal lengths. All ranks have the same number of micro-batches; one without a row of its own (end of the
+    epoch) gets an empty list. With `tokens_per_batch`, a micro-batch has as many rows as fit instead of
+    `batch_size`: longest row times rows is at most that, and the number of steps differs a little from epoch
+    to epoch."""
 
     lengths: np.ndarray
     batch_size: int
@@ -92,11 +90,9 @@ class StepSampler(Sampler):
 
 @dataclass(eq=False)
 class StepDataset(Dataset):
-    """Lets a DataLoader fetch whole steps: an index is a step's list of micro-batches.
-
-    A row without a supervised token is left out and listed in the batch's `skipped`, and so is one that is
-    not usable unless `skip_bad` is off.
-    """
+    """Lets a DataLoader fetch whole steps: an index is a step's list of micro-batches. A row without a
+    supervised token is left out and listed in the batch's `skipped`, and so is one that is not usable unless
+    `skip_bad` is off."""
 
     samples: VLMDataset
     pad_token_id: int
@@ -131,16 +127,13 @@ def collate(
     samples: list[Sample], pad_token_id: int, pack_length=None, length_multiple=1, tokens_per_image=0
 ) -> dict:
     """Right-padded int64 tensors, T a multiple of `length_multiple`, and what to look for would stop a GPU.
-
     input_ids, labels, sequence_ids (B, T), the last one the number of a token's sequence in its row, -1 for
     padding; `sequences`, their most; label_positions, flat in B * T, whose next label counts, and these,
     label_ids (N,). Where a row has images, image_positions (images * P,), flat, of their placeholders, with
     either image_features (images, P, W) or pixel_values (pictures, ...), each picture once, and
-    picture_numbers (images,), which of them an image is. The counts `supervised_tokens` and `tokens`.
-
-    With `pack_length`, several samples may share a row of at most that many tokens. Where they do, there are
-    position_ids (B, T) as well, which begin at 0 in each sequence.
-    """
+    picture_numbers (images,), which of them an image is. The counts `supervised_tokens` and `tokens`. With
+    `pack_length`, several samples may share a row of at most that many tokens. Where they do, there are
+    position_ids (B, T) as well, which begin at 0 in each sequence."""
     lengths = [len(sample.input_ids) for sample in samples]
     rows = pack(lengths, pack_length) if pack_length else [[i] for i in range(len(samples))]
     longest = max(sum(lengths[i] for i in row) for row in rows)
@@ -187,11 +180,9 @@ def collate(
 
 def pack(lengths: list[int], pack_length: int) -> list[list[int]]:
     """Groups the numbers of `lengths` into sequences of at most `pack_length` tokens, or of one sample.
-
     Longest first, each into the sequence that is emptiest so far, for the possible numbers of sequences (of
     many, at most PACKINGS that lie evenly); the cheapest wins. That is one sample to a sequence, under a
-    causal mask that costs half, where little padding would be saved.
-    """
+    causal mask that costs half, where little padding would be saved."""
     limit = max(pack_length, *lengths)
     best: list[list[int]] = []
     lowest = math.inf

@@ -114,10 +114,8 @@ def encode_missing(
     **workers: Any,
 ) -> None:
     """Encodes this rank's share of the pictures that `cache` lacks; `check_complete` once all ranks are
-    through. `workers` are a DataLoader's settings.
-
-    DataError for a picture that cannot be read, OSError where the disk is too small.
-    """
+    through. `workers` are a DataLoader's settings. DataError for a picture that cannot be read, OSError where
+    the disk is too small."""
     missing = list(cache.find_missing(items).items())
     width = model.config.vision_config.hidden_size
     token_bytes = width + 2 if cache.dtype == "int8" else width * 2

@@ -19,10 +19,8 @@ LLAVA_ROLES = {"human": "user", "gpt": "assistant"}
 
 def our_row(row: Any, where: str, folder: Path = Path()) -> tuple[str, dict]:
     """The layout's name, and the row in our form: `image` or `images`, `conversations` (a list of `role` and
-    `content`) or `text`, and what no layout knows. An imagefolder's names are below `folder`.
-
-    DataError where no layout fits, or where the turns or a part of them are not what their layout has.
-    """
+    `content`) or `text`, and what no layout knows. An imagefolder's names are below `folder`. DataError where
+    no layout fits, or where the turns or a part of them are not what their layout has."""
     if not isinstance(row, dict):  # a ValueError says why
         found = row if isinstance(row, ValueError) else f"expected an object, found {type(row).__name__}"
         raise DataError(f"{where}: {found}")

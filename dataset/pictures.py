@@ -22,10 +22,8 @@ PIXELS_VERSION = 2  # raise it where a file gives other pixels than before: stor
 
 
 def open_image(picture: str, where: str, image_size: int | None = None) -> Image.Image:
-    """A picture, upright and RGB, shrunk if far too large for an encoder of `image_size` pixels.
-
-    DataError names the row (`where`) and the picture that cannot be read.
-    """
+    """A picture, upright and RGB, shrunk if far too large for an encoder of `image_size` pixels. DataError
+    names the row (`where`) and the picture that cannot be read."""
     told = f"{where}: cannot read image {picture_name(picture)}"
     with open_picture(partial(picture_file, picture), told, image_size, DataError) as image:
         return to_rgb(image, image_size)

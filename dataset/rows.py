@@ -53,12 +53,10 @@ TABLE, STORE, ABOUT = "rows.arrow", "pictures", "about.json"  # in a folder that
 
 def load_rows(paths: list[Path], images_path: Path | None = None) -> Dataset:
     """Reads files of rows, folders of them, or data sets of the hub into a table with FEATURES, and the
-    pictures inside them into a store beside it.
-
-    Both are kept in the cache of `datasets`, and made anew when a file or this code changes. Relative image
-    paths are below `images_path`. DataError names file and line of the first row that is not usable, or the
-    first whose picture is missing: that is looked up at every start.
-    """
+    pictures inside them into a store beside it. Both are kept in the cache of `datasets`, and made anew when
+    a file or this code changes. Relative image paths are below `images_path`. DataError names file and line
+    of the first row that is not usable, or the first whose picture is missing: that is looked up at every
+    start."""
     key = [sha256_of(Path(sys.modules[f"dataset.{name}"].__file__)) for name in CODE]
     files = [file for path in paths for file in find_files(path)]
     for path in files:

@@ -33,10 +33,8 @@ Rows = Iterator[tuple[str, Any]]
 
 def find_files(path: Path) -> list[Path]:
     """`path` itself, or the files of a folder or of `hf://datasets/OWNER/NAME[@REVISION][/FOLDER]`: those
-    named metadata.jsonl, else Parquet, else JSONL, else JSON. Files of other splits are left out.
-
-    DataError where the data set cannot be fetched.
-    """
+    named metadata.jsonl, else Parquet, else JSONL, else JSON. Files of other splits are left out. DataError
+    where the data set cannot be fetched."""
     if on_hub := HUB.fullmatch(str(path)):
         path = _fetch(*on_hub.groups(default=""))
     if not os.path.isdir(path):  # noqa: PTH112 (pathlib's may raise)
