@@ -3,6 +3,7 @@
 P placeholder tokens per image, T tokens, N images of the row.
 """
 
+import contextlib
 import copy
 import hashlib
 import zlib
@@ -229,9 +230,14 @@ def _default_system_tokens(processor: MiniMindVLMProcessor) -> int:
 
 def image_starts(input_ids: list[int], placeholder: int, tokens: int) -> list[int]:
     """Where the placeholders of each image begin, so many `tokens`; a shorter run of them is text."""
-    changes = np.diff(np.equal(input_ids, placeholder).astype(np.int8), prepend=0, append=0)
-    runs = np.flatnonzero(changes).reshape(-1, 2).tolist()  # begin and end
-    return [start for begin, end in runs for start in range(begin, end - tokens + 1, tokens)]
+    starts, position, image = [], 0, [placeholder] * tokens
+    with contextlib.suppress(ValueError):  # no more placeholders
+        while True:
+            position = input_ids.index(placeholder, position)
+            is_image = input_ids[position : position + tokens] == image
+            starts += [position] * is_image
+            position += tokens if is_image else 1
+    return starts
 
 
 def cut(

@@ -143,6 +143,13 @@ def test_a_think_block_of_the_template_is_learnt_and_answers_begin_after_it(begi
     assert input_ids[: len(prompt)] == prompt
 
 
+def test_what_the_tokenizer_was_asked_before_cuts_and_pads_nothing(processor):
+    messages = [user("What is this?"), assistant("A deer.")]
+    expected = processor.encode_chat(messages)
+    processor.tokenizer("a long text of many tokens", truncation=True, padding="max_length", max_length=2)
+    assert processor.encode_chat(messages) == expected
+
+
 def test_the_answer_that_is_continued_stands_last(processor):
     messages = [user("Hi"), assistant("  A deer")]
     ids = processor.apply_chat_template(messages, tokenize=True, continue_final_message=True)
