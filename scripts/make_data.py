@@ -148,8 +148,8 @@ def class_rows(folder: Path, seed: int) -> Iterator[Row]:
             raise DataError(f"{below}: no picture, expected {', '.join(PICTURE_SUFFIXES)} files")
         for image in (path.relative_to(folder).as_posix() for path in pictures):
             caption = chosen(CAPTIONS, seed, image).format(name)
-            yield checked(image, image, chosen(PROMPTS, seed, image), caption, "caption", name)
-            yield checked(image, image, chosen(QUESTIONS, seed, image), name, kind=name)
+            yield checked(image, image, chosen(PROMPTS, seed, image), caption, "caption")
+            yield checked(image, image, chosen(QUESTIONS, seed, image), name)
 
 
 def pictures_below(folder: Path) -> list[Path]:
@@ -166,9 +166,8 @@ def digest(seed: int, image: str) -> str:
     return hashlib.sha256(f"{seed}/{image}".encode(errors="surrogateescape")).hexdigest()
 
 
-def checked(where: str, image: str, question: str, said: str, column: str = "answer", kind: str = "") -> Row:
-    """A row in which a caption or an answer is said. `kind` is what eval_vlm.py groups its figures by.
-    DataError where training would refuse it, or nothing is asked or said."""
+def checked(where: str, image: str, question: str, said: str, column: str = "answer") -> Row:
+    """A row of two turns. DataError where training would refuse it, or where a text is empty."""
     for name, text in {"file": image, "question": question, column: said}.items():
         if not text:
             raise DataError(f"{where}: {name!r} is empty")
@@ -176,9 +175,9 @@ def checked(where: str, image: str, question: str, said: str, column: str = "ans
             told = f"{IMAGE_MARKER} is put before each question by itself"
             raise DataError(f"{where}: {name!r} has {IMAGE_MARKER} in it, expected text alone: {told}")
     is_plain = image == image.strip() and "," not in image  # or it would be split there
-    turns = ("user", f"{IMAGE_MARKER}\n{question}"), ("assistant", said)
-    entry = {"image": image if is_plain else [image]} | ({"kind": kind} if kind else {})
-    entry["conversations"] = [{"role": role, "content": content} for role, content in turns]
+    asked = {"role": "user", "content": f"{IMAGE_MARKER}\n{question}"}
+    turns = [asked, {"role": "assistant", "content": said}]
+    entry = {"image": image if is_plain else [image], "conversations": turns}
     normalise_row(our_row(entry, where)[1], where)
     return Row(where, "pretrain" if column == "caption" else "sft", image, entry)
 
