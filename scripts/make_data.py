@@ -235,8 +235,9 @@ def held_out(groups: dict[str, int], share: float, seed: int) -> set[str]:
         if len(held) + len(group) <= wanted:
             held.update(group)
     if share and not held:
-        found = f"the smallest group of them has {min(map(len, members.values()))} of {len(groups)} pictures"
-        raise DataError(f"near-duplicates leave none to hold out: {found}, --eval_share asks for {wanted}")
+        smallest = f"{min(map(len, members.values()))} of {len(groups)} pictures"
+        found = f"none can be held out, as the smallest group of near-duplicates has {smallest}"
+        raise DataError(f"--eval_share {share}: {found}; 0 holds out none")
     return held
 
 

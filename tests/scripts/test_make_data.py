@@ -336,8 +336,8 @@ def test_pictures_that_are_all_alike_are_not_split(make, tmp_path):
         draw(tmp_path / f"images/{'ab'[number % 2]}/{number}.jpg", 0, quality=60 + number)
     error = make(expect=1)
 
-    found = "near-duplicates leave none to hold out: the smallest group of them has 6 of 6 pictures"
-    assert error == f"error: {found}, --eval_share asks for 1\n"
+    found = "as the smallest group of near-duplicates has 6 of 6 pictures; 0 holds out none"
+    assert error == f"error: --eval_share 0.1: none can be held out, {found}\n"
 
 
 @pytest.mark.parametrize(
