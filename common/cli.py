@@ -136,8 +136,7 @@ def without_controls(record: logging.LogRecord) -> bool:
 
 
 def write_stdout(text: str) -> None:
-    """UserError where stdout, or what is buffered for it, cannot be written; ToldElsewhere where its reader
-    has gone, as `head` does."""
+    """UserError where stdout cannot be written, ToldElsewhere where its reader has gone, as `head` does."""
     try:
         print(text, end="", flush=True)
     except OSError as error:

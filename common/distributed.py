@@ -109,8 +109,7 @@ class Runtime:
 
 @contextlib.contextmanager
 def runtime(device: str | None, seed: int):
-    """Joins the process group where `torchrun` started this process, seeds everything, and cleans up.
-    UserError for a device that is not there."""
+    """Joins `torchrun`'s process group, seeds everything, and cleans up. UserError for a missing device."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     chosen = _device(device)
     if world_size > 1:

@@ -16,8 +16,7 @@ log = logging.getLogger(__name__)
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     with user_errors(f"--tokenizer_path {path}"):
         if not Path(path).is_dir():
-            hint = "release 3's comes with `python scripts/download.py lm`"
-            raise UserError(f"--tokenizer_path {path}: no such folder ({hint})")
+            raise OSError("no such folder (release 3's comes with `python scripts/download.py lm`)")
         # AutoTokenizer would ask whether to run the code in an exported folder.
         return PreTrainedTokenizerFast.from_pretrained(path)
 
@@ -32,8 +31,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 def check_tokenizer(
     sidecar: dict[str, Any], tokenizer: PreTrainedTokenizerBase, path: Path, asked: bool = False
 ) -> None:
-    """UserError if the weights at `path` were trained with another tokenizer; a warning where their sidecar
-    does not tell and no tokenizer was asked for."""
+    """UserError if the weights had another tokenizer; a warning if they do not tell, unless `asked` for."""
     trained = sidecar.get("tokenizer")
     if not trained and not asked:
         log.warning("warning: %s has no sidecar: its tokenizer cannot be checked, see --tokenizer_path", path)

@@ -88,8 +88,7 @@ def describe(
 ) -> Sidecar:
     """The sidecar of a model's weights."""
     config = model.config.to_diff_dict()
-    encoder = config.pop("vision_config", None)
-    if encoder:
+    if encoder := config.pop("vision_config", None):
         dtype = str(model.vision_encoder.dtype).removeprefix("torch.")
         encoder = {"path": arguments.get("vision_model_path"), "config": encoder, "dtype": dtype}
     return {
@@ -104,8 +103,7 @@ def describe(
 
 
 def load_weights_file(path: Path) -> tuple[dict[str, torch.Tensor], Sidecar]:
-    """State dict and sidecar of a `.pth`, or of the weights in a published folder; where there is no sidecar,
-    one made from the tensors' shapes."""
+    """State dict and sidecar of a weights file; without a sidecar, one made from the tensors' shapes."""
     if not path.is_file():
         raise UserError(f"{path}: no such weights")
     try:
@@ -135,8 +133,7 @@ def read_sidecar(path: Path) -> Sidecar:
 
 
 def published_weights(path: Path) -> Path:
-    """The weights in a transformers folder of release 3 as it was published, whose code is not ours; any
-    other path as it is. UserError if there are none."""
+    """The weights in a folder of release 3 as published, UserError without any; any other path as it is."""
     if not path.is_dir() or not RELEASE_3_NAMES & _read_object(path / "config.json").keys():
         return path
     if found := [path / name for name in FOLDER_WEIGHTS if (path / name).is_file()]:

@@ -267,8 +267,7 @@ class MiniMindModel(nn.Module):
 
 
 def sequence_masks(sequence_ids: LongTensor, sequences: int) -> tuple[Tensor | None, Tensor]:
-    """As `_masks`, for rows padded on the right whose tokens are of the sequences `sequence_ids` (B, T), -1
-    for padding, all below `sequences`."""
+    """As `_masks`, for right-padded rows; `sequence_ids` (B, T) are below `sequences`, -1 for padding."""
     numbers = torch.arange(sequences, device=sequence_ids.device)[:, None]
     members = sequence_ids[:, None] == numbers  # (B, R, T)
     if sequences == 1:
@@ -287,8 +286,7 @@ class MiniMindBlock(GradientCheckpointingLayer):
     def forward(
         self, hidden: Tensor, sequences: Tensor | None, positions: LongTensor | None, **attention
     ) -> tuple[Tensor, Tensor | float]:
-        """(B, T, C) -> the same, or (N, C) at flat `positions` (N,) alone; auxiliary loss. `attention` is
-        what Attention takes."""
+        """(B, T, C) -> the same, or (N, C) at flat `positions` (N,) alone; and the auxiliary loss."""
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), **attention)[0]
         if isinstance(self.mlp, MoE):  # its balance depends on all tokens
             update, aux_loss = self.mlp(self.post_attention_layernorm(hidden), sequences)

@@ -155,8 +155,7 @@ class MiniMindVLMProcessor(ProcessorMixin):
         return BatchFeature(data, return_tensors)
 
     def pixel_values(self, images: list) -> torch.Tensor:
-        """Preprocessed (len(images), 3, H, W), fp32. A picture is whatever `to_rgb` takes: a PIL image, an
-        array, a path, a URL, base64. ValueError names what cannot be read."""
+        """Preprocessed (len(images), 3, H, W), fp32, of pictures as `to_rgb` takes them, with its errors."""
         images = [to_rgb(image, self.image_size) for image in images]
         return self.image_processor(images, return_tensors="pt")["pixel_values"]
 
@@ -252,8 +251,7 @@ class MiniMindVLMProcessor(ProcessorMixin):
         return [("", text, False)]
 
     def _spans(self, pieces: list[str], learnt: list[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
-        """Texts to be tokenized apart, and whether they are learnt. Every second piece is the number of a
-        part in `learnt`."""
+        """Texts to tokenize apart, and whether they are learnt. Every second piece is a place in `learnt`."""
         header, end = re.escape(f"{self.tokenizer.bos_token}assistant\n"), re.escape(self.tokenizer.eos_token)
         around = re.compile(rf"((?:{end}\n?)?)(.*{header}|.*)(.*)", re.DOTALL)
         (part, goes_on), last = ("", False), len(pieces) - 1

@@ -89,8 +89,7 @@ class TrainingFlags(DeviceFlags):
             raise ValueError("--eval_share must be below 1, and goes without --eval_data_path")
         if self.data_path == []:
             raise ValueError("--data_path is needed: the rows to train on")
-        if self.tracker is None:
-            self.tracker = "wandb" if self.use_wandb else "none"
+        self.tracker = self.tracker or ("wandb" if self.use_wandb else "none")
         if self.use_wandb and self.tracker != "wandb":
             raise ValueError(f"--use_wandb is --tracker wandb, but --tracker {self.tracker} is given")
 

@@ -79,8 +79,7 @@ class Learner:
         self.taken.append((sums, told, event))
 
     def settle(self, progress: Progress, running: int = 0) -> Iterator[dict[str, Any]]:
-        """What Metrics.step wants to know of this rank's part of each step taken, but for the last `running`
-        ones, once it is known; `progress` takes note of it."""
+        """What Metrics.step takes, of each step but the last `running`, once known; `progress` notes it."""
         while len(self.taken) > running:
             sums, told, event = self.taken.pop(0)
             if event:
@@ -124,8 +123,7 @@ class Learner:
 
 
 def backward(learner: Learner, micro_batches: list[dict], totals: dict[str, int]) -> dict[str, Any]:
-    """Accumulates the step's gradient over `micro_batches`; returns this rank's sums and skipped rows, `loss`
-    and `aux_loss` on the device."""
+    """Accumulates the step's gradient; returns this rank's sums, losses on the device, and skipped rows."""
     forward, run = learner.forward, learner.runtime
     losses = torch.zeros(2, device=run.device)
     tokens = max(totals["supervised_tokens"], 1)

@@ -86,8 +86,7 @@ class Metrics:
         self, step: int, skipped: list[str], where: list[str], grad_norm: float, bad: str, **sums: float
     ) -> None:
         """Adds this rank's part of a step: `loss` summed over supervised tokens, `aux_loss` over rows, and
-        counts. Rows that were `skipped` are listed, and with `bad`, which says why the step changed nothing,
-        its rows `where`."""
+        counts. Lists `skipped` rows, and those `where` a step is `bad`, which says why it changed nothing."""
         for name in SUMMED:
             self.sums[name] += len(skipped) if name == "skipped_rows" else sums[name]
         for message in skipped:

@@ -35,10 +35,9 @@ log = logging.getLogger(__name__)
 def run_stage(
     flags: TrainingFlags, stage: str, bases: tuple[str, ...], answer: Callable[..., Answers] | None = None
 ) -> int:
-    """Runs `stage` ("lm", "pretrain_vlm" or "sft_vlm"), which starts from what one of `bases` wrote, or from
-    its own checkpoint. `answer(flags, model, processor)` is what answers the questions of --sample_data_path.
-    Writes `{out_dir}/{stage}_{hidden}.pth` and its sidecar, everything else of the run to `{out_dir}/runs/`;
-    returns the exit code."""
+    """Runs `stage` ("lm", "pretrain_vlm" or "sft_vlm") from what one of `bases` wrote or its own checkpoint;
+    returns the exit code. `answer(flags, model, processor)` answers the questions of --sample_data_path.
+    Writes `{out_dir}/{stage}_{hidden}.pth` and its sidecar, all else of the run to `{out_dir}/runs/`."""
     out_dir = Path(flags.out_dir)
     tokenizer_asked = flags.tokenizer_path is not None
     named = state.named_checkpoint(flags.resume)
@@ -65,8 +64,7 @@ def run_stage(
             raise UserError(f"no {missing} in {out_dir}: {ways}")
         model, processor = build_model(flags, config, base, tokenizer_asked)
         place(model, run.device, flags.dtype, getattr(flags, "encoder_dtype", "auto"))
-        context = model, processor, flags, run
-        samples, eval_samples = open_samples(*context)
+        samples, eval_samples = open_samples(model, processor, flags, run)
         settings = state.settings_of(flags, samples, run.world_size, base_digest)
         run.agree("rows", settings["data_path (rows)"])
         total_steps = planned_steps(step_sampler(samples, flags, run), flags)
@@ -159,9 +157,8 @@ def find_base(flags: TrainingFlags, stages: tuple[str, ...]) -> Path | None:
 def follow(
     flags: TrainingFlags, checkpoint: state.Checkpoint | None, base: Path | None
 ) -> tuple[TrainingFlags, dict[str, Any]]:
-    """The flags, and for what they leave open the sizes, tokenizer and encoder of `checkpoint`, else those of
-    `base`, else the defaults of the release; with it the model's config. UserError where a size contradicts
-    `base`."""
+    """The flags, where they are open those of `checkpoint`, else of `base`, else the defaults of the release;
+    with them the model's config. UserError where a size contradicts `base`."""
     config, found = {}, {}
     if checkpoint:
         config, found = checkpoint.about.get("config", {}), checkpoint.about["settings"]
@@ -205,22 +202,21 @@ def open_samples(
     model: nn.Module, processor: MiniMindVLMProcessor, flags: TrainingFlags, run: Runtime
 ) -> tuple[VLMDataset, VLMDataset | None]:
     """The rows to train on, and those to measure the loss on, if there are any."""
-    context = model, processor, flags, run
-    samples, eval_samples = open_rows(flags.data_path, *context), None
+    samples, eval_samples = open_rows(flags.data_path, processor, flags, run), None
     if flags.eval_share:
         with run.together(), user_errors("--eval_share"):
             samples, eval_samples = samples.split(flags.eval_share)
     elif flags.eval_data_path:
-        eval_samples = open_rows(flags.eval_data_path, *context)
+        eval_samples = open_rows(flags.eval_data_path, processor, flags, run)
     for part, use in ((samples, "to train on"), (eval_samples, "to evaluate")):
         if part:
             log.info("%s: %s", use, part.about())
-            cache_features(part, *context)
+            cache_features(part, model, processor, flags, run)
     return samples, eval_samples
 
 
 def open_rows(
-    paths: list[str], model: nn.Module, processor: MiniMindVLMProcessor, flags: TrainingFlags, run: Runtime
+    paths: list[str], processor: MiniMindVLMProcessor, flags: TrainingFlags, run: Runtime
 ) -> VLMDataset:
     images = Path(folder) if (folder := getattr(flags, "images_path", None)) else None
     with run.main_first():
@@ -246,8 +242,7 @@ def cache_features(
 
 
 def set_trainable(model: nn.Module, trainable: str) -> None:
-    """Marks which weights learn: the projection, and with it a part of the language model or all of it. The
-    encoder never does."""
+    """Marks which weights learn: the projection, with parts of the language model; never the encoder."""
     last = model.config.num_hidden_layers - 1
     learns = {
         "proj": r"vision_proj\.",

@@ -170,8 +170,7 @@ def newest_first(folder: Path) -> list[Checkpoint]:
 
 
 def newest_intact(folder: Path) -> Checkpoint | None:
-    """The one to go on from, or None; damaged newer ones are set aside with a warning. UserError if there are
-    only damaged ones."""
+    """The one to go on from, or None; damaged newer ones are set aside, UserError if there are no others."""
     damaged = [one for one in folder.glob("step-*") if read_checkpoint(one) is None]
     found = newest_first(folder)
     while found and not found[0].intact():

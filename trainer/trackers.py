@@ -50,9 +50,8 @@ class Tracker:
 def open_tracker(
     flags: TrainingFlags, run_dir: Path, run_id: str, resumed_step: int, runtime: Runtime
 ) -> Tracker | None:
-    """What --tracker asks for, or None; every rank must call it. A run that goes on from `resumed_step` (0: a
-    new one) with its old `run_id` continues its old curve. UserError if the package is missing or, for a new
-    run, if the tracker does not start."""
+    """What --tracker asks for, or None; every rank must call it. A run resumed from `resumed_step` (0: new)
+    continues the curve of its `run_id`. UserError without the package, or if a new run's does not start."""
     name = flags.tracker
     with runtime.together():
         if name == "none" or not runtime.is_main:
