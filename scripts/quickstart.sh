@@ -21,7 +21,7 @@ mark() { printf '%s\n%s\n' "$2" "$3" >"$out/done/$1"; } # mark NAME SECONDS MADE
 # unless a stage before it was not skipped. A training that was stopped goes on, unless any of these has changed.
 redo=
 stage() {
-    local name=$1 output=$2 start=$SECONDS
+    local name=$1 output=$2 run=$out/runs/$(basename "${2%.*}") start=$SECONDS
     shift 2
     if [ -z "$redo" ] && [ -e "$output" ] && [ "$(made_by "$name")" = "$state $*" ]; then
         printf '\n== %s: done before\n' "$name"
@@ -30,10 +30,11 @@ stage() {
     redo=yes
     rm -f "$out/done/$name"
     if [ "$(cat "$out/begun/$name" 2>/dev/null)" != "$state $*" ]; then
-        rm -rf "$out/runs/$(basename "${output%.*}")"
+        rm -rf "$run"
         printf '%s\n' "$state $*" >"$out/begun/$name"
     fi
     step "$name" .venv/bin/python "$@"
+    [ ! -d "$run" ] || .venv/bin/python scripts/demo/loss_bands.py "$run" || true # it says what is not as usual
     mark "$name" "$((SECONDS - start))" "$state $*"
 }
 
@@ -56,13 +57,15 @@ manifest=$(cat $data/manifest.json)
 state=$({ find model dataset common trainer inference scripts ./*.py -name '*.py' | sort | xargs cat &&
     cat model/tokenizer/* model/vision_model/demo-encoder/* $data/manifest.json; } | cksum)
 stage lm $out/lm_$hidden.pth \
-    scripts/train_lm.py $model $common --data_path $data/lm.jsonl --learning_rate 2e-3 --max_steps 1500
+    scripts/train_lm.py $model $common --data_path $data/lm.jsonl --learning_rate 2e-3 --max_steps 1500 \
+    --log_interval 15
 stage pretrain $out/pretrain_vlm_$hidden.pth \
     train_pretrain_vlm.py $common $images --vision_model_path model/vision_model/demo-encoder \
-    --data_path $data/pretrain.jsonl --learning_rate 1e-3 --max_steps 750 $samples --eval_interval 150
+    --data_path $data/pretrain.jsonl --learning_rate 1e-3 --max_steps 750 \
+    --log_interval 5 $samples --eval_interval 150
 stage sft $out/sft_vlm_$hidden.pth \
     train_sft_vlm.py $common $images --data_path $data/sft.jsonl --learning_rate 1e-3 --max_steps 6000 \
-    --log_interval 100 --eval_data_path $data/val.jsonl $samples --eval_interval 600
+    --log_interval 60 --eval_data_path $data/val.jsonl $samples --eval_interval 600
 stage seen $out/report_seen.json $score --data_path $data/eval_seen.jsonl --report $out/report_seen.json
 stage unseen $out/report_unseen.json $score --data_path $data/eval_unseen.jsonl --report $out/report_unseen.json
 stage blank $out/report_blank.json \

@@ -61,7 +61,10 @@ case "$1 $2" in
         for tool in python uv ruff; do cp "$0" .venv/bin/$tool; done
         ;;
     *make_demo_data.py*) made=$(value --out_dir)/manifest.json && leave "$made" && cp drawings "$made" ;;
-    *train_*) stage=${1#*train_} && leave "$(value --out_dir)/${stage%.py}_128.pth" ;;
+    *train_*)
+        stage=${1#*train_} && stage=${stage%.py} && out=$(value --out_dir)
+        leave "$out/${stage}_128.pth" && leave "$out/runs/${stage}_128/metrics.jsonl"
+        ;;
     eval_vlm.py*) leave "$(value --report)" ;;
     convert_to_hf.py*) leave "$(value --out)/model.safetensors" ;;
 esac
@@ -293,8 +296,11 @@ def test_quickstart_runs_every_stage_in_order(finished_once):
     assert [args[0] for name, *args in copy.log if name == "python" and args[0] != "-m"] == [
         "scripts/demo/make_demo_data.py",
         "scripts/train_lm.py",
+        "scripts/demo/loss_bands.py",
         "train_pretrain_vlm.py",
+        "scripts/demo/loss_bands.py",
         "train_sft_vlm.py",
+        "scripts/demo/loss_bands.py",
         *["eval_vlm.py"] * 3,
         "convert_to_hf.py",
         "scripts/demo/demo_report.py",
@@ -366,6 +372,15 @@ def test_quickstart_redoes_a_stage_with_other_flags_and_what_follows(finished: C
     finished.write("scripts/quickstart.sh", script.replace("train_sft_vlm.py ", "train_sft_vlm.py --seed 1 "))
 
     assert started(finished.quickstart()) == ["data", *STAGES[STAGES.index("sft") :], *LAST]
+
+
+def test_quickstart_compares_the_losses_of_each_training_and_goes_on_whatever_they_are(fresh: Copy):
+    result = fresh.quickstart(FAIL="loss_bands")
+
+    runs = [f"out/demo/runs/{stage}_128" for stage in ("lm", "pretrain_vlm", "sft_vlm")]
+    compared = [f"python scripts/demo/loss_bands.py {run}" for run in runs]
+    assert [command for command in fresh.commands if "loss_bands" in command] == compared
+    assert started(result) == ["packages", "data", *STAGES, *LAST]
 
 
 def test_quickstart_lets_a_stopped_training_go_on_unless_its_flags_change(fresh: Copy):
