@@ -177,6 +177,7 @@ def test_what_keeps_a_new_run_from_starting_keeps_the_old_one(data, tmp_path, ru
     assert [path.name for path in (out / "runs" / NAME / "checkpoints").iterdir()] == ["step-4"]
 
 
+@pytest.mark.slow
 def test_ranks_started_again_go_on_with_the_new_run_alone(data, tmp_path, run):
     """torchrun repeats `--resume never` with each start; what it replaces may not be gone at the first."""
     out = tmp_path / "out"
@@ -214,6 +215,7 @@ def test_sigusr1_saves_and_goes_on(data, tmp_path):
     assert training.end()[0] == 130
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_the_oldest_state_then_ends_the_run(data, tmp_path):
     """A file system of its own: for two states of 7 MB and the weights, but not for three; then for one."""
     if subprocess.run(["unshare", "-Urm", "true"], capture_output=True).returncode:

@@ -51,6 +51,7 @@ def test_ranks_and_accumulation_may_change_in_the_middle(data, tmp_path, run):
     assert supervised[0] == supervised[1]  # the rows of each step were the same
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_started_again_and_nothing_changes(data, tmp_path, run):
     flags = ["--epochs", 20]
     run(*TWO, *long_run(data, tmp_path / "whole", *flags))
@@ -164,6 +165,7 @@ def test_ranks_that_see_other_files_end_in_one_line(data, tmp_path, run, what):
         assert (here / f"{NAME}.pth").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_answers_are_given_once_whatever_the_ranks(data, tmp_path, run):
     flags = ["--epochs", 2, "--dtype", "float32", "--learning_rate", 1e-2, "--trainable", "proj_llm"]
     samples = ["--sample_data_path", data / "captions.jsonl", "--sample_rows", 3, "--eval_interval", 2]
