@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import traceback
@@ -35,6 +36,9 @@ from dataset.vlm_dataset import VLMDataset
 from model.model_vlm import MiniMindVLM, VLMConfig, load_weights
 from model.processing_vlm import MiniMindVLMProcessor
 from trainer.learner import model_inputs
+
+# Whoever runs the tests may ignore Ctrl-C, as a script's background job does, and processes inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 GOLDEN = ROOT / "tests/golden"
 TINY_ENCODER = GOLDEN / "clip"  # hidden 64, 196 patch tokens

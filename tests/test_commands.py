@@ -107,8 +107,6 @@ class Copy:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            # Whoever runs these tests may have been started with Ctrl-C ignored, which is inherited.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess:

@@ -1,6 +1,5 @@
 """web_demo.py as users meet it: the real server, a real browser, and several clients at once."""
 
-import contextlib
 import io
 import json
 import math
@@ -334,7 +333,7 @@ def test_two_users_do_not_mix(world, server):
 
 def test_ctrl_c_in_the_middle_of_an_answer_ends_it_with_130_whoever_is_connected(world, site):
     port = free_port()
-    process = start(site, port, PYTHONFAULTHANDLER="1")
+    process = start(site, port)
     try:
         client = Client(f"http://127.0.0.1:{port}", verbose=False)
         message = {"text": "Hm", "files": []}
@@ -342,13 +341,10 @@ def test_ctrl_c_in_the_middle_of_an_answer_ends_it_with_130_whoever_is_connected
         next(iter(job))
         begun = time.monotonic()
         process.send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=30)
-        process.send_signal(signal.SIGABRT)  # where it hangs, if it does
-        _, errors = process.communicate()
+        _, errors = process.communicate(timeout=30)
     finally:
         process.kill()
-    assert process.returncode == 130, errors
+    assert process.returncode == 130
     assert "Traceback" not in errors
     assert time.monotonic() - begun < 5  # Gradio alone waits for pages that are open
 
