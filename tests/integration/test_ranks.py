@@ -137,7 +137,13 @@ def two_hosts(commands: list[list]) -> list[tuple[int, str]]:
     return [rank.end() for rank in ranks]
 
 
-@pytest.mark.parametrize("what", ["checkpoint", "named checkpoint", "base", "rows"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        "rows",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("checkpoint", "named checkpoint", "base")),
+    ],
+)
 def test_ranks_that_see_other_files_end_in_one_line(data, tmp_path, run, what):
     here, there = tmp_path / "here", tmp_path / "there"
     command = pretrain(data, here, "--batch_size", 2, "--epochs", 1)
@@ -183,6 +189,7 @@ def test_answers_are_given_once_whatever_the_ranks(data, tmp_path, run):
     assert (tmp_path / f"two/{NAME}.pth").read_bytes() == (tmp_path / f"plain/{NAME}.pth").read_bytes()
 
 
+@pytest.mark.slow
 def test_all_ranks_end_where_the_pictures_to_ask_about_cannot_be_read(data, tmp_path, run):
     (data / "images/broken.png").write_bytes(b"no picture")
     rows = json.loads((data / "captions.jsonl").read_text().splitlines()[0]) | {"image": "broken.png"}
