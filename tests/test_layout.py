@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-LAYERS = ["model", "dataset", "common", "trainer", "inference", "scripts"]
+LAYERS = ["model", "dataset", "common", "trainer", "inference", "convert", "scripts"]
+SIDE_BY_SIDE = ("inference", "convert")
 FILES = [path.relative_to(ROOT) for layer in LAYERS for path in sorted((ROOT / layer).rglob("*.py"))]
 MOST_LINES_ABOUT_TRAINING = 4800  # what one reads to understand it
+MOST_LINES_ABOUT_CONVERSION = 900
 
 
 def imported(path: Path) -> set[str]:
@@ -27,6 +29,7 @@ def imported(path: Path) -> set[str]:
 def test_imports_go_one_way(path):
     layer = path.parts[0]
     above = set(LAYERS[LAYERS.index(layer) + 1 :])
+    above |= set(SIDE_BY_SIDE) - {layer} if layer in SIDE_BY_SIDE else set()
     entry_points = {path.stem for path in ROOT.glob("*.py")}
     assert not imported(path) & (above | entry_points)
     assert layer == "model" or not any(name.startswith(".") for name in imported(path))
@@ -41,6 +44,11 @@ def test_model_files_can_travel_with_an_export(path):
 def test_training_is_understood_in_an_evening():
     read = [path for path in FILES if path.parts[0] in ("model", "dataset", "common", "trainer")]
     assert sum(len((ROOT / path).read_text().splitlines()) for path in read) <= MOST_LINES_ABOUT_TRAINING
+
+
+def test_conversion_is_read_in_an_hour():
+    read = [path for path in FILES if path.parts[0] == "convert"]
+    assert sum(len((ROOT / path).read_text().splitlines()) for path in read) <= MOST_LINES_ABOUT_CONVERSION
 
 
 def test_tests_stand_where_what_they_test_stands():

@@ -23,6 +23,9 @@ from common.cli import run_main
 from common.setup import build_vlm
 from common.tokenizer import load_tokenizer
 from common.weights import describe, half_state, save_weights
+from convert import minimind
+from convert.export import exact_half
+from convert.minimind import required_transformers
 from inference.trained import load_vlm
 from model.model_vlm import MiniMindVLM
 from model.processing_vlm import MiniMindVLMProcessor
@@ -301,8 +304,8 @@ def test_language_model_is_stored_once_and_as_in_the_pth(weights, export):
 
 def test_encoder_is_halved_only_where_nothing_is_lost():
     exact, inexact = torch.tensor([0.5, -2.0]), torch.tensor([0.1])
-    assert {v.dtype for v in convert_to_hf.exact_half({"a": exact}).values()} == {torch.float16}
-    assert {v.dtype for v in convert_to_hf.exact_half({"a": exact, "b": inexact}).values()} == {torch.float32}
+    assert {v.dtype for v in exact_half({"a": exact}).values()} == {torch.float16}
+    assert {v.dtype for v in exact_half({"a": exact, "b": inexact}).values()} == {torch.float32}
 
 
 # --- and back
@@ -410,7 +413,7 @@ def test_an_older_transformers_is_told_in_two_lines(export, tmp_path, monkeypatc
             transformers.pipeline("image-text-to-text", str(folder), trust_remote_code=True)
         else:
             getattr(transformers, kind).from_pretrained(folder, trust_remote_code=True)
-    needed = convert_to_hf.required_transformers()
+    needed = required_transformers()
     assert str(error.value).splitlines() == [
         f"this model needs transformers {needed} or newer, but {version} is installed",
         f"upgrade it: pip install -U 'transformers>={needed}'",
@@ -429,14 +432,14 @@ def test_exported_code_is_ours_with_a_check_after_the_docstring(export):
 @pytest.mark.parametrize("fault", ["weights", "nan", "processor", "generate"])
 def test_export_that_differs_from_its_source_is_removed(convert, weights, tmp_path, monkeypatch, fault):
     if fault in ("weights", "nan"):
-        half_state = convert_to_hf.half_state
+        half_state = minimind.half_state
 
         def corrupted(state_dict):
             state = half_state(state_dict)
             state["model.layers.1.self_attn.q_proj.weight"][0] += 1 if fault == "weights" else torch.nan
             return state
 
-        monkeypatch.setattr(convert_to_hf, "half_state", corrupted)
+        monkeypatch.setattr(minimind, "half_state", corrupted)
     elif fault == "processor":
         to_dict = MiniMindVLMProcessor.to_dict
         monkeypatch.setattr(

@@ -1,0 +1,179 @@
+"""What every target shares: the folder that takes the place of `--out` once it is right, tensors on disk, and
+the comparison of what the library loads from it with the source."""
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, GenerationConfig
+
+from common.cli import UserError
+from common.weights import Sidecar
+from model.model_vlm import MiniMindVLM
+from model.processing_vlm import MiniMindVLMProcessor
+
+SIDECAR = "minimind_sidecar.json"  # marks a folder as ours to replace; the `.pth` gets it back
+TOLERANCE = 1e-3  # largest difference of a logit in fp32
+
+
+@dataclass
+class Source:
+    """What is exported: a model in fp32 and eval mode on the CPU, and what goes with it."""
+
+    model: MiniMindVLM
+    processor: MiniMindVLMProcessor
+    sidecar: Sidecar
+    encoder: str | None  # the folder it came from
+
+
+def check_target(out: Path) -> None:
+    """UserError if `out` is something that an export must not replace."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file, expected a folder")
+    if out.is_dir() and any(out.iterdir()) and not is_export(out):
+        raise UserError(f"--out {out} is not empty and not an export: it stays as it is, name another folder")
+
+
+def is_export(folder: Path) -> bool:
+    try:
+        sidecar = json.loads((folder / SIDECAR).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(sidecar, dict) and "config" in sidecar
+
+
+@contextlib.contextmanager
+def replacing(out: Path) -> Iterator[Path]:
+    """An empty folder that takes the place of `out` when the block ends well, and is removed otherwise.
+
+    It has `out`'s name, in a temporary folder beside it: the library caches a folder's code by that name.
+    """
+    target = out.resolve()
+    with contextlib.ExitStack() as stack:
+        with write_errors(out):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = stack.enter_context(tempfile.TemporaryDirectory(dir=target.parent, prefix=".export."))
+            folder = Path(temporary, "new", target.name)
+            folder.mkdir(parents=True)
+        yield folder
+        with write_errors(out):
+            previous = Path(temporary, "previous")
+            try:
+                if target.exists():
+                    target.rename(previous)
+                folder.rename(target)
+            except BaseException:
+                if previous.exists():
+                    previous.rename(target)
+                raise
+
+
+@contextlib.contextmanager
+def write_errors(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {out}: {error}") from error
+
+
+def save_tensors(folder: Path, *groups: dict[str, Tensor]) -> None:
+    """Writes `model.safetensors`; a group is stored in fp16 if that keeps all of its values, else in fp32."""
+    state = {key: value.contiguous() for group in groups for key, value in exact_half(group).items()}
+    file = folder / "model.safetensors"
+    save_file(state, file, metadata={"format": "pt"})
+    file.chmod((folder / "config.json").stat().st_mode)  # 0600, whatever the umask
+
+
+def exact_half(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors in fp16 if that changes no value of any of them, else as they are."""
+    half = {key: value.half() for key, value in state.items()}
+    return (
+        half if all(torch.equal(half[key].to(value.dtype), value) for key, value in state.items()) else state
+    )
+
+
+def save_generation_config(folder: Path, config: Any, **settings: Any) -> None:
+    ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    GenerationConfig(do_sample=False, max_new_tokens=512, **ids, **settings).save_pretrained(folder)
+
+
+def prepare_tokenizer(tokenizer: Any) -> None:
+    """Settings that its folder is to have: batches are padded on the left, no word of this machine."""
+    settings = tokenizer.init_kwargs  # what goes to tokenizer_config.json
+    settings["padding_side"] = tokenizer.padding_side = "left"  # pipelines that batch pad by it
+    for name in ("is_local", "local_files_only"):  # how this process loaded it
+        settings.pop(name, None)
+
+
+@torch.no_grad()
+def compare(
+    folder: Path,
+    source: Source,
+    model_class: type = AutoModelForImageTextToText,
+    processor_class: type = AutoProcessor,
+    **options: Any,
+) -> str:
+    """Says how much the folder's logits, loaded as users load it with `options`, differ from the source's;
+    without pictures where the processor is a tokenizer.
+
+    ValueError if it is more than TOLERANCE, or if prompts, pictures or the greedy answers differ.
+    """
+    reloaded = model_class.from_pretrained(folder, dtype=torch.float32, **options).eval()
+    trust = {"trust_remote_code": options.get("trust_remote_code", False)}
+    reloaded_processor = processor_class.from_pretrained(folder, **trust)
+    most_images = 0 if processor_class is AutoTokenizer else 2
+    pictures = [Image.radial_gradient("L").convert("RGB"), Image.linear_gradient("L").rotate(30)]
+    vocab_size, largest = source.model.config.vocab_size, 0.0
+    for count in range(most_images + 1):
+        content = [{"type": "image", "image": picture} for picture in pictures[:count]]
+        content = [*content, {"type": "text", "text": "What is this?"}] if count else "What is this?"
+        inputs, logits, answers = [], [], []
+        pairs = ((source.model, source.processor), (reloaded, reloaded_processor))
+        for model, processor in pairs:
+            inputs.append(
+                processor.apply_chat_template(
+                    [{"role": "user", "content": content}],
+                    tokenize=True,
+                    return_dict=True,
+                    add_generation_prompt=True,
+                    return_tensors="pt",
+                )
+            )
+            logits.append(model(**inputs[-1]).logits[..., :vocab_size])  # (1, T, V)
+            if count == min(most_images, 1):
+                tokens = model.generate(**inputs[-1], do_sample=False, max_new_tokens=32)
+                answers.append(tokens[:, inputs[-1]["input_ids"].shape[1] :].tolist())
+        image_ids = source.model.config.image_ids[0], getattr(reloaded.config, "image_token_id", None)
+        check_inputs(*inputs, image_ids, count)
+        expected, found = logits
+        difference = (expected - found).abs().max().item()
+        if not difference <= TOLERANCE:  # NaN is no success either
+            raise ValueError(
+                f"with {count} images a logit differs by {difference:.2g} from the source, "
+                f"at most {TOLERANCE:g} is expected"
+            )
+        if answers and answers[0] != answers[1]:
+            raise ValueError("its greedy answer differs from the source's")
+        largest = max(largest, difference)
+    by = f"by {type(reloaded).__name__} from source"
+    return f"largest difference of a logit, reloaded {by}: {largest:.2g}; greedy text is equal"
+
+
+def check_inputs(ours: dict, theirs: dict, image_ids: tuple[int, int | None], count: int) -> None:
+    """ValueError where two processors' ids differ, but for the placeholder's `image_ids`, or their pixels."""
+    ids, found = ours["input_ids"], theirs["input_ids"]
+    if image_ids[1] is not None:
+        found = found.masked_fill(found == image_ids[1], image_ids[0])
+    if ids.shape != found.shape or not torch.equal(ids, found):
+        raise ValueError(f"a prompt with {count} images has other tokens")
+    if count and not torch.equal(ours["pixel_values"].flatten(), theirs["pixel_values"].flatten()):
+        raise ValueError("its processor makes other pixels of a picture")
