@@ -69,14 +69,12 @@ def read_vlm(
         image_id = tokenizer.convert_tokens_to_ids(token)
     projector, encoder = part("model.multi_modal_projector."), part("model.vision_tower.")
     state |= READERS[config.model_type].read_projector(projector, encoder, config)
-    vision = config.vision_config
-    if getattr(vision, "tie_last_hidden_states", False):
-        vision.tie_last_hidden_states = False
+    vars(config.vision_config).pop("tie_last_hidden_states", None)
     ours = VLMConfig(
         **fields | shared,
         image_ids=[image_id] * config.image_seq_length,
         image_special_token=token * config.image_seq_length,
-        vision_config=vision,
+        vision_config=config.vision_config,
         projector="mlp" if "vision_proj.mlp.0.weight" in state else "linear",
         pixel_shuffle=round(1 / getattr(config, "downsample_ratio", 1)),
     )
