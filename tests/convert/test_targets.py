@@ -2,12 +2,13 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import release3
 import torch
-from conftest import GOLDEN, ROOT, golden_model, save_dinov2
+from conftest import GOLDEN, ROOT, golden_model, save_dinov2, start
 from PIL import Image
 from transformers import (
     AutoImageProcessor,
@@ -242,6 +243,27 @@ def test_the_added_token_is_never_written(convert, tmp_path):
         logits = model(**inputs).logits
     torch.testing.assert_close(logits[..., 6400], logits[..., :6400].mean(-1), atol=2e-2, rtol=0)
     assert (logits.argmax(-1) < 6400).all()
+
+
+# --- nothing is half there
+
+
+@pytest.mark.parametrize("moment", ["config.json", "model.safetensors", "README.md"])
+@pytest.mark.parametrize("target", ["minimind", "llava"])
+def test_a_killed_export_leaves_what_was_there(convert, tmp_path, moment, target):
+    weights, out = make_weights(tmp_path, 2), tmp_path / "export"
+    assert convert("--weight", weights, "--out", out, "--format", target) == (0, "")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    process = start(["convert_to_hf.py", "--weight", weights, "--out", out, "--format", target])
+    while not (found := list(tmp_path.glob(f".export.*/new/export/{moment}"))) and process.poll() is None:
+        time.sleep(0.001)
+    process.kill()
+    process.communicate(60)
+
+    assert found, "it ended before it could be killed"
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert convert("--weight", weights, "--out", out, "--format", target) == (0, "")
 
 
 # --- what is refused
