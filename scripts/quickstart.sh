@@ -54,7 +54,7 @@ step "data" .venv/bin/python scripts/demo/make_demo_data.py --out_dir $data
 manifest=$(cat $data/manifest.json)
 [ "$(made_by data)" = "$manifest" ] || mark data "$((SECONDS - start))" "$manifest"
 
-state=$({ find model dataset common trainer inference scripts ./*.py -name '*.py' | sort | xargs cat &&
+state=$({ find model dataset common trainer inference convert scripts ./*.py -name '*.py' | sort | xargs cat &&
     cat model/tokenizer/* model/vision_model/demo-encoder/* $data/manifest.json; } | cksum)
 stage lm $out/lm_$hidden.pth \
     scripts/train_lm.py $model $common --data_path $data/lm.jsonl --learning_rate 2e-3 --max_steps 1500 \
