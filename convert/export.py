@@ -96,9 +96,8 @@ def save_tensors(folder: Path, *groups: dict[str, Tensor]) -> None:
 def exact_half(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors in fp16 if that changes no value of any of them, else as they are."""
     half = {key: value.half() for key, value in state.items()}
-    return (
-        half if all(torch.equal(half[key].to(value.dtype), value) for key, value in state.items()) else state
-    )
+    is_exact = (torch.equal(half[key].to(value.dtype), value) for key, value in state.items())
+    return half if all(is_exact) else state
 
 
 def save_generation_config(folder: Path, config: Any, **settings: Any) -> None:
@@ -123,57 +122,38 @@ def compare(
     **options: Any,
 ) -> str:
     """Says how much the folder's logits, loaded as users load it with `options`, differ from the source's;
-    without pictures where the processor is a tokenizer.
-
-    ValueError if it is more than TOLERANCE, or if prompts, pictures or the greedy answers differ.
-    """
-    reloaded = model_class.from_pretrained(folder, dtype=torch.float32, **options).eval()
-    trust = {"trust_remote_code": options.get("trust_remote_code", False)}
-    reloaded_processor = processor_class.from_pretrained(folder, **trust)
-    most_images = 0 if processor_class is AutoTokenizer else 2
-    pictures = [Image.radial_gradient("L").convert("RGB"), Image.linear_gradient("L").rotate(30)]
-    vocab_size, largest = source.model.config.vocab_size, 0.0
-    for count in range(most_images + 1):
-        content = [{"type": "image", "image": picture} for picture in pictures[:count]]
-        content = [*content, {"type": "text", "text": "What is this?"}] if count else "What is this?"
-        inputs, logits, answers = [], [], []
-        pairs = ((source.model, source.processor), (reloaded, reloaded_processor))
-        for model, processor in pairs:
-            inputs.append(
-                processor.apply_chat_template(
-                    [{"role": "user", "content": content}],
-                    tokenize=True,
-                    return_dict=True,
-                    add_generation_prompt=True,
-                    return_tensors="pt",
-                )
-            )
-            logits.append(model(**inputs[-1]).logits[..., :vocab_size])  # (1, T, V)
-            if count == min(most_images, 1):
-                tokens = model.generate(**inputs[-1], do_sample=False, max_new_tokens=32)
-                answers.append(tokens[:, inputs[-1]["input_ids"].shape[1] :].tolist())
-        image_ids = source.model.config.image_ids[0], getattr(reloaded.config, "image_token_id", None)
-        check_inputs(*inputs, image_ids, count)
-        expected, found = logits
-        difference = (expected - found).abs().max().item()
+    without pictures where the processor is a tokenizer. ValueError if it is more than TOLERANCE, or if
+    prompts, pictures or greedy answers differ."""
+    theirs = model_class.from_pretrained(folder, dtype=torch.float32, **options).eval()
+    trust = {name: value for name, value in options.items() if name == "trust_remote_code"}
+    processor, largest = processor_class.from_pretrained(folder, **trust), 0.0
+    placeholder = source.model.config.image_ids[0]
+    for count in range(1 if processor_class is AutoTokenizer else 3):
+        ids, pixels, logits, tokens = answer(source.model, source.processor, count)
+        found_ids, found_pixels, found_logits, found_tokens = answer(theirs, processor, count)
+        image_id = getattr(theirs.config, "image_token_id", placeholder)
+        if not torch.equal(ids, found_ids.masked_fill(found_ids == image_id, placeholder)):
+            raise ValueError(f"a prompt with {count} images has other tokens")
+        if not torch.equal(pixels, found_pixels):
+            raise ValueError("its processor makes other pixels of a picture")
+        difference = (logits - found_logits[..., : logits.shape[-1]]).abs().max().item()
         if not difference <= TOLERANCE:  # NaN is no success either
-            raise ValueError(
-                f"with {count} images a logit differs by {difference:.2g} from the source, "
-                f"at most {TOLERANCE:g} is expected"
-            )
-        if answers and answers[0] != answers[1]:
+            found = f"with {count} images a logit differs by {difference:.2g} from the source"
+            raise ValueError(f"{found}, at most {TOLERANCE:g} is expected")
+        if not torch.equal(tokens, found_tokens):
             raise ValueError("its greedy answer differs from the source's")
         largest = max(largest, difference)
-    by = f"by {type(reloaded).__name__} from source"
+    by = f"by {type(theirs).__name__} from source"
     return f"largest difference of a logit, reloaded {by}: {largest:.2g}; greedy text is equal"
 
 
-def check_inputs(ours: dict, theirs: dict, image_ids: tuple[int, int | None], count: int) -> None:
-    """ValueError where two processors' ids differ, but for the placeholder's `image_ids`, or their pixels."""
-    ids, found = ours["input_ids"], theirs["input_ids"]
-    if image_ids[1] is not None:
-        found = found.masked_fill(found == image_ids[1], image_ids[0])
-    if ids.shape != found.shape or not torch.equal(ids, found):
-        raise ValueError(f"a prompt with {count} images has other tokens")
-    if count and not torch.equal(ours["pixel_values"].flatten(), theirs["pixel_values"].flatten()):
-        raise ValueError("its processor makes other pixels of a picture")
+def answer(model: Any, processor: Any, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ids (1, T), pixels, logits (1, T, V) and greedy tokens of a question about `count` pictures."""
+    pictures = [Image.radial_gradient("L").convert("RGB"), Image.linear_gradient("L").rotate(30)]
+    parts = [{"type": "image", "image": picture} for picture in pictures[:count]]
+    content = [*parts, {"type": "text", "text": "What is this?"}] if parts else "What is this?"
+    options = dict(tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True)
+    inputs = processor.apply_chat_template([{"role": "user", "content": content}], **options)
+    ids, pixels = inputs["input_ids"], inputs.get("pixel_values", torch.zeros(0))
+    tokens = model.generate(**inputs, do_sample=False, max_new_tokens=16)
+    return ids, pixels.flatten(), model(**inputs).logits, tokens[:, ids.shape[1] :]

@@ -8,20 +8,17 @@ import tempfile
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
-from transformers import (
-    AutoTokenizer,
-    LlavaConfig,
-    LlavaProcessor,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, LlavaConfig, LlavaProcessor, PreTrainedConfig
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from convert.export import Source, compare, prepare_tokenizer, save_generation_config, save_tensors
 from convert.names import State, to_text_config, to_text_state
 from model.model_vlm import MiniMindVLM
 
 MARKER = "<image>"
+TOWERS = ("clip_vision_model", "siglip_vision_model")
 SCALE = 2.0**10  # tanh(x / SCALE) * SCALE is x, but for 4e-5 in the logits (2^8: 7e-4)
 LARGE = 2.0**30  # a power of four; what the residual stream adds to it is lost in fp32
 # Templates that know only strings get messages whose parts are joined as our processor joins them.
@@ -34,8 +31,9 @@ def write(folder: Path, source: Source, projector_act: str = "linear") -> None:
     if model.config.pixel_shuffle != 1:
         raise ValueError(f"pixel_shuffle is {model.config.pixel_shuffle}: LLaVA has no such step")
     vision, encoder = copy.deepcopy(model.config.vision_config), encoder_state(model)
-    if vision.model_type.startswith("siglip"):
-        vision.tie_last_hidden_states = True  # hidden_states[-1] is before the last norm otherwise
+    if vision.model_type not in TOWERS:
+        raise ValueError(f"the encoder is {vision.model_type}, expected one of {', '.join(TOWERS)}")
+    vision.tie_last_hidden_states = True  # else hidden_states[-1] is before a last norm
     if model.config.projector == "mlp":
         norm, first, _, second = model.vision_proj.mlp
         encoder, projector_act = with_norm(encoder, vision, norm), "gelu"
@@ -90,11 +88,7 @@ def read_projector(projector: State, encoder: State, config: PreTrainedConfig) -
 
 
 def encoder_state(model: MiniMindVLM) -> State:
-    return {
-        key.removeprefix("vision_encoder."): value
-        for key, value in model.state_dict().items()
-        if key.startswith("vision_encoder.")
-    }
+    return model.vision_encoder.state_dict()
 
 
 def write_folder(
@@ -114,13 +108,14 @@ def write_folder(
     image_id = tokenizer.convert_tokens_to_ids(image_token)
     if image_id > ours.vocab_size:
         raise ValueError(f"vocab_size is {ours.vocab_size}, but the tokenizer has {image_id} tokens")
-    has_class_token = class_tokens(source.model) == 1
+    has_class_token = class_tokens(source) == 1
     strategy = "default" if has_class_token else "full"
-    config.text_config, config.vision_config = (
-        to_text_config(ours, max(ours.vocab_size, image_id + 1)),
+    config.text_config = to_text_config(ours, max(ours.vocab_size, image_id + 1))
+    config.vision_config, config.image_token_id, config.image_seq_length = (
         vision,
+        image_id,
+        len(ours.image_ids),
     )
-    config.image_token_id, config.image_seq_length = image_id, len(ours.image_ids)
     config.vision_feature_layer, config.vision_feature_select_strategy = -1, strategy
     config.tie_word_embeddings, config.dtype = ours.tie_word_embeddings, torch.float32
     config.architectures = [f"{type(config).__name__.removesuffix('Config')}ForConditionalGeneration"]
@@ -132,7 +127,7 @@ def write_folder(
     if ours.tie_word_embeddings:
         del text["lm_head.weight"]
     # Names of the files that LLaVA was published with: the library renames them, vLLM knows no others.
-    inner = "vision_model." if vision.model_type in ("clip_vision_model", "siglip_vision_model") else ""
+    inner = "vision_model." if vision.model_type in TOWERS else ""
     save_tensors(
         folder,
         {f"language_model.{key}": value for key, value in text.items()},
@@ -141,7 +136,7 @@ def write_folder(
     )
     save_generation_config(folder, ours, **({"suppress_tokens": [image_id]} if own_token else {}))
     prepare_tokenizer(tokenizer)
-    template = source.processor.chat_template
+    flatten = "" if own_token else FLATTEN.read_text().replace("MARKER", image_token)
     LlavaProcessor(
         image_processor=copy.deepcopy(source.processor.image_processor),
         tokenizer=tokenizer,
@@ -149,28 +144,22 @@ def write_folder(
         vision_feature_select_strategy=strategy,
         num_additional_image_tokens=int(has_class_token),
         image_token=image_token,
-        chat_template=template
-        if own_token
-        else FLATTEN.read_text().replace("MARKER", image_token) + template,
+        chat_template=flatten + source.processor.chat_template,
     ).save_pretrained(folder)
 
 
-def class_tokens(model: MiniMindVLM) -> int:
+def class_tokens(source: Source) -> int:
     """How many tokens the encoder puts before its patches: 0 or 1. ValueError for registers."""
-    encoder, ours = model.vision_encoder, model.config
-    sides = encoder.config.image_size
-    height, width = sides if isinstance(sides, (list, tuple)) else (sides, sides)
+    ours, pixels = source.model.config, source.processor.pixel_values([Image.new("RGB", (64, 64))])
     with torch.no_grad():
-        tokens = encoder(pixel_values=torch.zeros(1, 3, height, width)).last_hidden_state.shape[1]
+        tokens = source.model.vision_encoder(pixel_values=pixels).last_hidden_state.shape[1]
     extra = tokens - len(ours.image_ids) * ours.pixel_shuffle**2
     if extra not in (0, 1):
-        raise ValueError(
-            f"the encoder makes {tokens} tokens for {len(ours.image_ids)}: only a class token can be dropped"
-        )
+        raise ValueError(f"the encoder makes {extra} tokens beside the patches, at most one is dropped")
     return extra
 
 
-def with_marker(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+def with_marker(tokenizer: Tokenizer) -> Tokenizer:
     """A copy that has `<image>` as a special token, the one after its last."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)

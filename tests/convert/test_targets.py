@@ -51,6 +51,7 @@ CASES = {  # release, target, largest difference of a logit, config
     "mixture_internvl": (3, "internvl", 1e-5, MOE | {"num_experts_per_tok": 2}),
     "16_tokens_internvl": (3, "internvl", 0, {"pixel_shuffle": 2}),
     "yarn_internvl": (3, "internvl", 1e-5, {"inference_rope_scaling": True}),
+    "dinov2_of_another_size": (3, "internvl", 0, {"encoder": "dinov2", "image_token_len": 16}),
     "llama": (2, "llama", 0, {}),
     "qwen2_moe": (2, "llama", 1e-5, MOE),
     "qwen3": (3, "llama", 0, {}),
@@ -58,10 +59,10 @@ CASES = {  # release, target, largest difference of a logit, config
 }
 
 
-def make_weights(folder: Path, release: int, encoder: Path | None = None, **config) -> Path:
+def make_weights(folder: Path, release: int, encoder: Path | str | None = None, **config) -> Path:
     """A random model, loud enough for every weight to matter, and its tokenizer's folder beside it."""
     torch.manual_seed(0)
-    encoder = encoder or ENCODERS[release]
+    encoder = save_dinov2(folder / encoder) if encoder == "dinov2" else encoder or ENCODERS[release]
     tokenizer = load_tokenizer(str(ROOT / "model/tokenizer"))
     if release == 3:
         release3.make_tokenizer().save_pretrained(folder / "tokenizer")
@@ -271,6 +272,7 @@ def test_a_killed_export_leaves_what_was_there(convert, tmp_path, moment, target
 
 REFUSED = {
     "mlp with CLIP": (2, "llava", {"projector": "mlp"}, "projector is 'mlp', which needs SigLIP's encoder"),
+    "dinov2": (2, "llava", {"encoder": "dinov2"}, "the encoder is dinov2, expected one of clip_vision_model"),
     "linear": (2, "internvl", {}, "projector is 'linear': InternVL's is an MLP, see --format llava"),
     "pixel shuffle": (2, "llava", {"pixel_shuffle": 2}, "pixel_shuffle is 2: LLaVA has no such step"),
     "shared experts": (
@@ -295,9 +297,9 @@ def test_what_a_target_cannot_hold_is_one_line(convert, tmp_path, release, targe
 
 
 def test_registers_are_refused(convert, tmp_path):
-    weights = make_weights(tmp_path, 2, save_dinov2(tmp_path / "dinov2", registers=4))
-    code, line = convert("--weight", weights, "--out", tmp_path / "export", "--format", "llava")
-    assert (code, "only a class token can be dropped" in line) == (1, True)
+    weights = make_weights(tmp_path, 3, save_dinov2(tmp_path / "dinov2", registers=4), image_token_len=16)
+    code, line = convert("--weight", weights, "--out", tmp_path / "export", "--format", "internvl")
+    assert (code, "5 tokens beside the patches, at most one is dropped" in line) == (1, True)
 
 
 USAGE = {
