@@ -52,6 +52,8 @@ def read_language_model(folder: Path, config: PreTrainedConfig) -> MiniMindForCa
 def read_vlm(
     folder: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[MiniMindVLM, PreTrainedTokenizerBase]:
+    if config.vision_feature_layer != -1:
+        raise ValueError(f"vision_feature_layer is {config.vision_feature_layer}, expected -1, the last")
     theirs = load_state(folder, AutoModelForImageTextToText, config)
 
     def part(prefix: str, new: str = "") -> State:

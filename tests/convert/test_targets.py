@@ -375,6 +375,18 @@ def test_a_projection_that_learnt_another_way_is_refused(convert, tmp_path):
     assert (code, "projector_hidden_act 'tanh' between two layers" in line) == (1, True)
 
 
+def test_features_of_another_layer_are_refused(convert, tmp_path):
+    """As LLaVA 1.5 has them."""
+    weights, folder = make_weights(tmp_path, 2), tmp_path / "export"
+    assert convert("--weight", weights, "--out", folder, "--format", "llava") == (0, "")
+    config = json.loads((folder / "config.json").read_text()) | {"vision_feature_layer": -2}
+    (folder / "config.json").write_text(json.dumps(config))
+
+    code, line = convert("--to_torch", folder, "--out", tmp_path / "back.pth")
+
+    assert (code, line) == (1, f"error: {folder}: vision_feature_layer is -2, expected -1, the last")
+
+
 def test_a_folder_without_weights_is_named(convert, tmp_path):
     weights = make_weights(tmp_path, 2)
     assert convert("--weight", weights, "--out", tmp_path / "export", "--format", "llava") == (0, "")

@@ -60,10 +60,10 @@ def hub(tmp_path_factory):
 
 
 def readme_commands() -> list[list[str]]:
-    """From the download to the export, of release 3, on one device."""
+    """From the download to the exports, of release 3, on one device."""
     lines = [line for block in fences("README.md", "bash") for line in block.splitlines()]
     start = lines.index("python scripts/download.py encoder lm dataset --part sft")
-    end = next(i for i, line in enumerate(lines) if line.startswith("python convert_to_hf.py --weight"))
+    end = max(i for i, line in enumerate(lines) if line.startswith("python convert_to_hf.py --weight"))
     commands = [shlex.split(line) for line in lines[start : end + 1] if line.startswith("python ")]
     left_out = ("--release", "web_demo.py", "--data_dir", "out/demo/sft_vlm_128.pth", "out/lm_512.pth")
     return [command[1:] for command in commands if not {*left_out} & {*command}]
@@ -93,6 +93,7 @@ def test_the_commands_of_the_readme_lead_to_a_model(hub, run, tmp_path, monkeypa
     assert "pretrain_vlm_768.pth, on cpu" in shown
     sidecar = json.loads((tmp_path / "out/sft_vlm_768.json").read_text())
     assert sidecar["arguments"]["trainable"] == "proj_first_last" and sidecar["config"]["qk_norm"]
+    assert "reloaded by LlavaForConditionalGeneration" in shown and "reloaded by Qwen3ForCausalLM" in shown
     learnt = torch.load(tmp_path / "out/sft_vlm_768.pth", weights_only=True)
     published = torch.load(tmp_path / "out/published/sft_vlm_768.pth", weights_only=True)
     assert learnt.keys() == published.keys()
