@@ -30,9 +30,9 @@ MIXTURE = {  # ours: theirs
     "moe_intermediate_size": "moe_intermediate_size",
     "aux_loss_alpha": "router_aux_loss_coef",
 }
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-# Qwen2-MoE weighs what its shared expert says by a sigmoid, which is 0.5 where the gate's weights are zero.
-SHARED_WEIGHT = 0.5
+# Names, axis along which shared experts are one, and what Qwen2-MoE multiplies their sum with: a sigmoid,
+# which is 0.5 where the weights of the shared expert's gate are zero.
+PROJECTIONS = (("gate_proj", 0, 1), ("up_proj", 0, 1), ("down_proj", 1, 0.5))
 
 
 def to_text_config(config: MiniMindConfig, vocab_size: int | None = None) -> PreTrainedConfig:
@@ -51,10 +51,8 @@ def to_text_config(config: MiniMindConfig, vocab_size: int | None = None) -> Pre
             shared = max(config.n_shared_experts, 1) * config.moe_intermediate_size
             # vLLM builds biases whatever the config says, and leaves them without values if a file has none.
             fields |= {"shared_expert_intermediate_size": shared, "qkv_bias": True}
-        elif config.n_shared_experts:
-            raise ValueError(
-                f"n_shared_experts is {config.n_shared_experts}: Qwen3-MoE has no shared experts"
-            )
+        elif shared := config.n_shared_experts:
+            raise ValueError(f"n_shared_experts is {shared}: Qwen3-MoE has no shared experts")
     theirs = CONFIGS[config.qk_norm, config.use_moe](**fields)
     _check_rope(theirs, config)
     return theirs
@@ -67,16 +65,11 @@ def to_text_state(state: State, config: MiniMindConfig) -> State:
         return result
     for layer in range(config.num_hidden_layers):
         mlp, attention = (f"model.layers.{layer}.{part}." for part in ("mlp", "self_attn"))
-        for name in PROJECTIONS:
-            shared = [
-                result.pop(f"{mlp}shared_experts.{i}.{name}.weight") for i in range(config.n_shared_experts)
-            ]
-            if not shared:
-                shared = [torch.zeros_like(result[f"{mlp}experts.0.{name}.weight"])]
-            joined = torch.cat(shared, dim=1 if name == "down_proj" else 0)
-            result[f"{mlp}shared_expert.{name}.weight"] = (
-                joined / SHARED_WEIGHT if name == "down_proj" else joined
-            )
+        for name, axis, weight in PROJECTIONS:
+            key, numbers = f"{name}.weight", range(config.n_shared_experts)
+            shared = [result.pop(f"{mlp}shared_experts.{i}.{key}") for i in numbers]
+            joined = torch.cat(shared or [torch.zeros_like(result[f"{mlp}experts.0.{key}"])], axis)
+            result[f"{mlp}shared_expert.{key}"] = joined / weight
         gate = result[f"{mlp}gate.weight"]  # (E, C)
         result[f"{mlp}shared_expert_gate.weight"] = torch.zeros_like(gate[:1])
         for name in "qkv":
@@ -99,10 +92,8 @@ def from_text_config(theirs: PreTrainedConfig) -> dict:
         fields["norm_topk_prob"] = is_normed = theirs.norm_topk_prob
         fields["norm_top1_prob"] = is_normed and (qk_norm or theirs.num_experts_per_tok == 1)
         fields["seq_aux"] = not qk_norm  # as either release has it
-        if theirs.decoder_sparse_step != 1 or theirs.mlp_only_layers:
-            found = (
-                f"decoder_sparse_step {theirs.decoder_sparse_step}, mlp_only_layers {theirs.mlp_only_layers}"
-            )
+        if (step := theirs.decoder_sparse_step) != 1 or theirs.mlp_only_layers:
+            found = f"decoder_sparse_step {step}, mlp_only_layers {theirs.mlp_only_layers}"
             raise ValueError(f"{found}: every layer here has experts")
     fields |= _rope_fields(theirs)
     _check_rope(theirs, MiniMindConfig(**fields))
@@ -115,10 +106,10 @@ def from_text_state(state: State, theirs: PreTrainedConfig) -> tuple[State, dict
     result, shared_experts = {}, 0
     for key, value in state.items():
         if found := re.fullmatch(r"(.*\.mlp\.experts\.)(gate_up|down)_proj", key):
-            names = PROJECTIONS[:2] if found[2] == "gate_up" else PROJECTIONS[2:]
+            names = found[2].split("_")
             for expert, fused in enumerate(value):
                 for name, part in zip(names, fused.chunk(len(names)), strict=True):
-                    result[f"{found[1]}{expert}.{name}.weight"] = part
+                    result[f"{found[1]}{expert}.{name}_proj.weight"] = part
         elif key.endswith((".bias", ".shared_expert_gate.weight")):
             if value.count_nonzero():
                 raise ValueError(f"{key} has values that are not zero: there is no such weight here")
@@ -126,10 +117,9 @@ def from_text_state(state: State, theirs: PreTrainedConfig) -> tuple[State, dict
             result[key] = value
         elif state[f"{found[1]}shared_expert.down_proj.weight"].count_nonzero():
             shared_experts = theirs.shared_expert_intermediate_size // theirs.moe_intermediate_size
-            is_down = found[2] == "down_proj"
-            whole = value * SHARED_WEIGHT if is_down else value
-            for i, part in enumerate(whole.chunk(shared_experts, dim=1 if is_down else 0)):
-                result[f"{found[1]}shared_experts.{i}.{found[2]}.weight"] = part
+            ((name, axis, weight),) = (row for row in PROJECTIONS if row[0] == found[2])
+            for i, part in enumerate((value * weight).chunk(shared_experts, axis)):
+                result[f"{found[1]}shared_experts.{i}.{name}.weight"] = part
     return result, {"n_shared_experts": shared_experts} if hasattr(theirs, "num_experts") else {}
 
 
@@ -141,10 +131,8 @@ def _rope_fields(theirs: PreTrainedConfig) -> dict:
     if kind == "default":
         return {"rope_theta": rope["rope_theta"], "rope_scaling": None}
     _, magnitude = ROPE_INIT_FUNCTIONS["yarn"](theirs, "cpu")
-    scaling = {"beta_fast": 32, "beta_slow": 1} | {
-        k: v for k, v in rope.items() if k in YARN and v is not None
-    }
-    scaling |= {"rope_type": "yarn", "attention_factor": magnitude}
+    given = {name: value for name, value in rope.items() if name in YARN and value is not None}
+    scaling = {"beta_fast": 32, "beta_slow": 1, **given, "rope_type": "yarn", "attention_factor": magnitude}
     return {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
 
 
