@@ -390,7 +390,8 @@ class MoE(nn.Module):
         order = choices.flatten().argsort(stable=True)  # (N * k,), choices sorted by expert
         counts = F.one_hot(choices.flatten(), len(self.experts)).sum(0)  # (E,); bincount would stop a GPU
         gathered = tokens.index_select(0, order // k)  # (N * k, C)
-        run = self._grouped_experts if has_grouped_matmul(gathered) else self._sliced_experts
+        is_plain = type(self.experts[0].up_proj) is nn.Linear  # not quantized, no adapter around it
+        run = self._grouped_experts if is_plain and has_grouped_matmul(gathered) else self._sliced_experts
         outputs = run(gathered, counts).index_select(0, order.argsort())  # back in the tokens' order
         return (outputs.view(-1, k, tokens.shape[1]) * weights.unsqueeze(-1).type_as(outputs)).sum(1)
 

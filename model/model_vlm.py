@@ -97,8 +97,8 @@ class MiniMindVLM(MiniMindForCausalLM):
             token, ids = self.config.image_special_token, self.config.image_ids
             self.config.image_special_token = token[: len(token) // len(ids)] * tokens
             self.config.image_ids = ids[:1] * tokens
-        vision_size = 768 if self.vision_encoder is None else self.vision_encoder.config.hidden_size
-        self.vision_proj = PROJECTORS[self.config.projector](vision_size * r**2, self.config.hidden_size)
+        self.vision_size = 768 if self.vision_encoder is None else self.vision_encoder.config.hidden_size
+        self.vision_proj = PROJECTORS[self.config.projector](self.vision_size * r**2, self.config.hidden_size)
         self.post_init()
         self.train(self.training)
 
@@ -225,12 +225,13 @@ class MiniMindVLM(MiniMindForCausalLM):
 
     def _insert_features(self, embedded: Tensor, features: Tensor, positions: LongTensor) -> Tensor:
         """`embedded` (B, T, C) with projected features (images, P, W) at flat `positions` (images * N,)."""
-        weight, r = next(self.vision_proj.parameters()), self.config.pixel_shuffle  # (C, r^2 W) or (r^2 W,)
-        found, expected = features.shape[1:], (len(self.config.image_ids) * r**2, weight.shape[-1] // r**2)
+        r = self.config.pixel_shuffle
+        found, expected = features.shape[1:], (len(self.config.image_ids) * r**2, self.vision_size)
         if found != expected:
             raise ValueError(f"image features have shape {tuple(found)}, expected {expected}")
         shuffled = pixel_shuffled(features, r, self.config.vision_config)  # (images, N, r^2 W)
-        projected = self.vision_proj(shuffled.to(weight.dtype)).to(embedded.dtype)  # (images, N, C)
+        # Not the dtype of the projection's weights: quantized ones are integers.
+        projected = self.vision_proj(shuffled.to(embedded.dtype)).to(embedded.dtype)  # (images, N, C)
         # Not in place: dropout and embedding need their outputs in the backward pass.
         return embedded.flatten(0, 1).index_copy(0, positions, projected.flatten(0, 1)).view_as(embedded)
 

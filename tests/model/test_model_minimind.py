@@ -394,6 +394,24 @@ def test_grouped_matmul_equals_slices(monkeypatch, options):
         torch.testing.assert_close(parameter.grad, reference.grad, atol=1e-4, rtol=1e-3)
 
 
+def test_experts_that_others_replaced_compute_themselves(monkeypatch):
+    """As quantization and adapters do: one kernel for all would take the weights as they are."""
+
+    class Doubled(torch.nn.Linear):
+        def forward(self, states):
+            return 2 * super().forward(states)
+
+    moe = build(use_moe=True).model.layers[0].mlp.eval()
+    hidden = torch.randn(2, 9, 64)
+    expected = 2 * moe(hidden)[0]
+    for expert in [*moe.experts, *moe.shared_experts]:
+        doubled = Doubled(*expert.up_proj.weight.shape[::-1], bias=False)
+        doubled.weight = expert.up_proj.weight
+        expert.up_proj = doubled
+    monkeypatch.setattr(model.model_minimind, "has_grouped_matmul", lambda states: True)
+    torch.testing.assert_close(moe(hidden)[0], expected)
+
+
 def test_moe_trains_in_bfloat16():
     lm = build(use_moe=True).train()
     ids = torch.stack(random_rows([16, 16]))

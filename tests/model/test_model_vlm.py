@@ -428,6 +428,29 @@ def test_pixel_shuffle_makes_49_tokens_of_196_patches(projector):
     torch.testing.assert_close(vlm(row, image_features=features[None]).logits, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_quantized_projection_gets_features_in_the_models_dtype(dtype):
+    """Its weights are integers in rows of another length, as bitsandbytes packs them."""
+
+    class Packed(torch.nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.scale, self.shape = linear.weight.abs().max() / 127, linear.weight.shape
+            integers = (linear.weight / self.scale).round().to(torch.int8).view(-1, 1)
+            self.weight = torch.nn.Parameter(integers, requires_grad=False)
+
+        def forward(self, features):
+            return features @ (self.weight.view(self.shape) * self.scale).T.to(features)
+
+    vlm = build().to(dtype)
+    row, images = torch.tensor([[*text(1, 3), *[AT] * P, *text(2, 3)]]), random_images(1)[None]
+    expected = vlm(row, pixel_values=images).logits
+    vlm.vision_proj.vision_proj[0] = Packed(vlm.vision_proj.vision_proj[0])
+    found = vlm(row, pixel_values=images).logits
+    blank = vlm(row, pixel_values=images * 0).logits
+    assert (found - expected).abs().max() < 0.1 * (blank - expected).abs().max()
+
+
 def test_pixel_shuffle_takes_rows_without_pictures_and_names_other_features():
     vlm = build(pixel_shuffle=2).train()
     none = torch.zeros(1, 0, 3, 224, 224)
