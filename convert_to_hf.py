@@ -8,6 +8,7 @@ reloaded by the tool it is for, compared with the source, and only then takes it
 import contextlib
 import json
 import logging
+import re
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from common.weights import half_state, save_weights
 from convert import internvl, llama, llava, minimind
 from convert.card import write_card
 from convert.export import SIDECAR, Source, check_target, replacing, write_errors
+from convert.hub import push
 from convert.names import KINDS
 from convert.pth import READERS, read_folder, read_sidecar
 from inference.trained import WeightFlags, find_weight, load_export, load_pth
@@ -36,19 +38,23 @@ class ConvertFlags(WeightFlags):
     weight: str | None = flag(None, "the .pth to convert, or the name of one in out/")
     format: str = flag("minimind", "what to write (docs/interoperability.md)", FORMATS)
     projector_act: str = flag("linear", "of --format llava: tanh is for vLLM", ("linear", "tanh"))
+    push_to_hub: str | None = flag(None, "OWNER/NAME of a model on the hub, to upload the folder to as well")
     to_torch: str | None = flag(None, "the folder to turn back into a .pth and its .json")
 
     def __post_init__(self):
         if (self.weight is None) == (self.to_torch is None):
             raise ValueError("give either --weight or --to_torch")
         of_a_pth = {"vision_model_path": self.vision_model_path, "tokenizer_path": self.tokenizer_path}
-        for name, value in {**of_a_pth, **self.heads()}.items():
+        of_a_pth |= {"push_to_hub": self.push_to_hub, **self.heads()}
+        for name, value in of_a_pth.items():
             if self.to_torch and value:
                 raise ValueError(f"--to_torch takes no --{name}")
         if self.to_torch and not self.out.endswith(".pth"):
             raise ValueError(f"--out {self.out}: with --to_torch a name that ends in .pth is expected")
         if self.projector_act != "linear" and self.format != "llava":
             raise ValueError(f"--projector_act {self.projector_act} is for --format llava")
+        if self.push_to_hub and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.push_to_hub):
+            raise ValueError(f"--push_to_hub {self.push_to_hub}: expected OWNER/NAME")
 
 
 def main() -> None:
@@ -75,11 +81,13 @@ def pth_to_folder(flags: ConvertFlags) -> None:
             write(folder, source)
             text = json.dumps(sidecar, indent=2, ensure_ascii=False)
             (folder / SIDECAR).write_text(text + "\n", encoding="utf-8")
-            write_card(folder, flags.format, source)
+            write_card(folder, flags.format, source, path, flags.push_to_hub or out.name)
         with user_errors("the export is wrong and was removed"):
             log.info(target.verify(folder, source))
     megabytes = sum(file.stat().st_size for file in out.iterdir()) / 1e6
     log.info("%s -> %s (%.1f MB)", path, out, megabytes)
+    if flags.push_to_hub:
+        log.info("%s -> %s", out, push(out, flags.push_to_hub))
 
 
 def folder_to_pth(folder: Path, out: Path) -> None:

@@ -1,10 +1,14 @@
-"""A local stand-in for the model hub: what `huggingface_hub` requests for repository listings and files.
+"""A local stand-in for the model hub: what `huggingface_hub` requests for repository listings and files, and
+what it uploads.
 
 Large files are redirected to another host name, as the hub redirects to its CDN, and Xet is offered for them,
 which the stub does not speak. A file can be cut short or stalled once, claim another size, be refused, or be
 served damaged. Every request is recorded in `requests`, those that are answered with content in `contents`.
+Uploads need the token WRITER. Large files come by Xet or LFS, the latter in parts of `lfs_part` bytes if that
+is set. Sizes and hashes are checked; a commit adds all files to the repository.
 """
 
+import base64
 import hashlib
 import json
 import re
@@ -12,8 +16,12 @@ import threading
 import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+from xet_store import XetStore
+
+WRITER = "hf_writer"
 COMMIT = "c0ffee" + "0" * 34
 LFS_SUFFIXES = (".bin", ".h5", ".jsonl", ".parquet", ".pth", ".safetensors", ".tar", ".zip")
 
@@ -38,8 +46,14 @@ class HubStub:
     refused: set[str] = field(default_factory=set)  # listed, but answered with 403
     cut_once: dict[str, int] = field(default_factory=dict)  # close the connection after so many bytes
     stall_once: dict[str, int] = field(default_factory=dict)  # send nothing more after so many bytes
+    full: set[str] = field(default_factory=set)  # repositories whose commits are refused
+    lfs_part: int | None = None
     requests: list[Request] = field(default_factory=list)
     contents: list[Request] = field(default_factory=list)
+    objects: dict[str, bytes] = field(default_factory=dict)  # uploaded large files, by their SHA-256
+    parts: dict[tuple[str, int], bytes] = field(default_factory=dict)
+    xet: XetStore = field(default_factory=XetStore)
+    commits: list[dict] = field(default_factory=list)
 
     def __enter__(self) -> "HubStub":
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -70,6 +84,20 @@ class HubStub:
         return [request.range for request in self.contents if request.path.endswith(f"/{name}")]
 
 
+UPLOADS = {  # what answers which paths
+    "^/api/repos/create$": "_create",
+    "^/api/validate-yaml$": "_check_card",
+    "^/api/models/.*/preupload/": "_preupload",
+    r"\.git/info/lfs/objects/batch$": "_lfs_batch",
+    "^/lfs-store/": "_take_lfs",
+    "^/lfs-verify$": "_verify_lfs",
+    "^/api/models/.*/xet-write-token/": "_xet_token",
+    "^/xet/": "_take_xet",
+    "^/v1/telemetry$": "_no_content",
+    "^/api/models/.*/commit/": "_commit",
+}
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     hub: HubStub
@@ -79,8 +107,11 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(url.path)
         self._request = Request(self.command, path, self.headers["Range"], self.headers["Authorization"])
         self.hub.requests.append(self._request)
+        self._body = self._read_body()
         if path.startswith("/api/") and re.search("/(paths-info|tree)/", path):
             self._answer_paths(path.removeprefix("/api/"))
+        elif answer := next((answer for form, answer in UPLOADS.items() if re.search(form, path)), None):
+            self._answer_upload(answer, path, {name: value for name, (value,) in parse_qs(url.query).items()})
         elif path.startswith("/api/"):
             self._answer_listing(path.removeprefix("/api/"), with_sizes="blobs=" in url.query)
         elif path.startswith("/cdn/"):
@@ -88,7 +119,17 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._answer_file(path.strip("/"))
 
-    do_HEAD = do_POST = do_GET
+    do_HEAD = do_POST = do_PUT = do_GET
+
+    def _read_body(self) -> bytes:
+        if self.headers["Transfer-Encoding"] != "chunked":
+            return self.rfile.read(int(self.headers["Content-Length"] or 0))
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
 
     def _find_repository(self, repository: str) -> dict[str, bytes] | None:
         """The files of `models/a/b` or `datasets/a/b`; None after an error was sent."""
@@ -121,7 +162,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         names, folder = [*files], rest.partition("/")[2]
         if self.command == "POST":
-            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["paths"]
+            asked = json.loads(self._body)["paths"]
             names = [name for name in names if name in asked]
         entries = [{"type": "file", "path": name, **self._about(name, files[name])} for name in names]
         self._answer_json([entry for entry in entries if entry["path"].startswith(folder)])
@@ -134,8 +175,9 @@ class _Handler(BaseHTTPRequestHandler):
             about["lfs"] = {digest_name: digest, "size": size, "pointerSize": 134}
         return about
 
-    def _answer_json(self, body: dict | list) -> None:
-        self._answer(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    def _answer_json(self, body: dict | list, status: int = 200, headers: dict | None = None) -> None:
+        headers = {"Content-Type": "application/json", **(headers or {})}
+        self._answer(status, json.dumps(body).encode(), headers)
 
     def _answer_file(self, path: str) -> None:
         repository, _, rest = path.partition("/resolve/")
@@ -188,6 +230,132 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         while stall is not None and not self.hub._stopping.is_set():
             time.sleep(0.05)
+
+    def _answer_upload(self, answer: str, path: str, query: dict[str, str]) -> None:
+        signed = answer == "_take_lfs"  # such addresses need no token
+        if not signed and self.headers["Authorization"] not in (f"Bearer {WRITER}", "Bearer of-xet"):
+            self._answer_json({"error": "Invalid username or password."}, 401)
+            return
+        try:
+            status, body = getattr(self, answer)(path, query)
+        except (ValueError, KeyError) as error:
+            status, body = (
+                400,
+                {"error": f"{type(error).__name__}: {error}", "errors": [{"message": f"{error}"}]},
+            )
+        self._answer_json(body, status, {"ETag": '"etag"'})
+
+    def _create(self, path: str, query: dict) -> tuple[int, dict]:
+        asked = json.loads(self._body)
+        name = f"{asked['organization']}/{asked['name']}"
+        if asked["organization"] == "others":
+            return 403, {
+                "error": 'You don\'t have the rights to create a model under the namespace "others".'
+            }
+        found = {"url": f"{self.hub.endpoint}/{name}"}
+        if name in self.hub.models:
+            return 409, {"error": "You already created this model repo", **found}
+        self.hub.models[name] = {}
+        return 200, found
+
+    def _check_card(self, path: str, query: dict) -> tuple[int, dict]:
+        _, metadata, _ = json.loads(self._body)["content"].split("---\n", 2)
+        if not isinstance(found := yaml.safe_load(metadata), dict) or "license" not in found:
+            raise ValueError(f"metadata is {found!r}")
+        return 200, {"errors": [], "warnings": []}
+
+    def _preupload(self, path: str, query: dict) -> tuple[int, dict]:
+        known = self.hub.models[re.search("models/(.*)/preupload/main$", path)[1]]
+        files = []
+        for file in json.loads(self._body)["files"]:
+            name, sample = file["path"], base64.b64decode(file["sample"], validate=True)
+            is_large = name.endswith(LFS_SUFFIXES) or b"\0" in sample  # binary files are, whatever their size
+            oid = self._object_id(known[name], is_large) if name in known else None
+            mode = {"uploadMode": "lfs" if is_large else "regular", "shouldIgnore": False, "oid": oid}
+            files.append({"path": name, **mode})
+        return 200, {"files": files}
+
+    @staticmethod
+    def _object_id(content: bytes, is_large: bool) -> str:
+        return hashlib.sha256(content).hexdigest() if is_large else git_blob_id(content)
+
+    def _lfs_batch(self, path: str, query: dict) -> tuple[int, dict]:
+        asked, objects = json.loads(self._body), []
+        if asked["operation"] != "upload" or asked["hash_algo"] != "sha256":
+            raise ValueError(f"operation {asked['operation']}, hash_algo {asked['hash_algo']}")
+        for one in asked["objects"]:
+            oid, part = one["oid"], self.hub.lfs_part
+            store = f"http://localhost:{self.hub.port}/lfs-store/{oid}"
+            upload, verify = (
+                {"href": f"{store}?size={one['size']}"},
+                {"href": f"{self.hub.endpoint}/lfs-verify"},
+            )
+            if part:
+                numbers = range(1, -(-one["size"] // part) + 1)
+                header = {f"{number:05}": f"{store}?part={number}" for number in numbers}
+                upload["header"] = {"chunk_size": str(part), **header}
+            actions = {} if oid in self.hub.objects else {"actions": {"upload": upload, "verify": verify}}
+            objects.append({**one, **actions})
+        return 200, {"transfer": "multipart" if self.hub.lfs_part else "basic", "objects": objects}
+
+    def _take_lfs(self, path: str, query: dict) -> tuple[int, dict]:
+        oid, content = path.rsplit("/", 1)[1], self._body
+        if "part" in query:
+            self.hub.parts[oid, int(query["part"])] = content
+            return 200, {}
+        if self.command == "POST":  # all parts are there
+            told = json.loads(content)
+            numbers = [part["partNumber"] for part in told["parts"]]
+            if told["oid"] != oid or any(part["etag"] != '"etag"' for part in told["parts"]):
+                raise ValueError(f"parts are {told}")
+            content = b"".join(self.hub.parts[oid, number] for number in numbers)
+        if hashlib.sha256(content).hexdigest() != oid or len(content) != int(query["size"]):
+            raise ValueError(f"{len(content)} bytes are not those of {oid}, {query['size']} bytes")
+        self.hub.objects[oid] = content
+        return 200, {}
+
+    def _verify_lfs(self, path: str, query: dict) -> tuple[int, dict]:
+        told = json.loads(self._body)
+        if len(self.hub.objects[told["oid"]]) != told["size"]:
+            raise ValueError(f"size is {told['size']}")
+        return 200, {}
+
+    def _xet_token(self, path: str, query: dict) -> tuple[int, dict]:
+        expires = int(time.time()) + 3600
+        return 200, {"casUrl": f"{self.hub.endpoint}/xet", "accessToken": "of-xet", "exp": expires}
+
+    def _take_xet(self, path: str, query: dict) -> tuple[int, dict]:
+        if path.startswith("/xet/v1/xorbs/"):
+            self.hub.xet.add_xorb(path.rsplit("/", 1)[1], self._body)
+            return 200, {"was_inserted": True}
+        if path == "/xet/v1/shards":
+            self.hub.objects |= self.hub.xet.files_of(self._body)
+            return 200, {"result": 1}
+        return 404, {}  # chunks that are known already, addresses to upload to, the second version of shards
+
+    def _commit(self, path: str, query: dict) -> tuple[int, dict]:
+        repository = re.search("models/(.*)/commit/main$", path)[1]
+        if repository in self.hub.full:
+            return 403, {"error": "Repository storage limit reached"}
+        if self.headers["Content-Type"] != "application/x-ndjson":
+            raise ValueError(f"Content-Type is {self.headers['Content-Type']}")
+        header, *lines = map(json.loads, self._body.splitlines())
+        files = {}
+        for key, value in ((line["key"], line["value"]) for line in lines):
+            if key == "file":
+                files[value["path"]] = base64.b64decode(value["content"], validate=True)
+            elif key != "lfsFile" or value["algo"] != "sha256":
+                raise ValueError(f"{key} is {value}")
+            elif len(self.hub.objects[value["oid"]]) != value["size"]:
+                raise ValueError(f"{value['path']} has size {value['size']}")
+            else:
+                files[value["path"]] = self.hub.objects[value["oid"]]
+        self.hub.models[repository] |= files
+        self.hub.commits.append({**header["value"], "files": sorted(files)})
+        return 200, {"commitUrl": f"{self.hub.endpoint}/{repository}/commit/{COMMIT}", "commitOid": COMMIT}
+
+    def _no_content(self, path: str, query: dict) -> tuple[int, dict]:
+        return 200, {}
 
     def _answer(
         self, status: int, body: bytes = b"", headers: dict[str, str] | None = None, send: int | None = None

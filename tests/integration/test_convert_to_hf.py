@@ -265,6 +265,7 @@ def test_export_is_complete_and_says_what_it_is(weights, export):
         "README.md",
         "chat_template.jinja",
         "config.json",
+        "example.jpg",
         "generation_config.json",
         "minimind_sidecar.json",
         "model.safetensors",
