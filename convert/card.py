@@ -20,7 +20,8 @@ from model.pictures import to_rgb
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 PICTURE, QUESTION = ROOT / "dataset/eval_images/drawing_tiger.png", "What is this?"
-UNREADABLE = (OSError, ValueError, LookupError, TypeError)  # it has gone, or is not a file of ours
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError)  # gone, or not a file of ours
+REPORTED = {"weight", "data_path", "blank_images", "blank", "by_kind", "mean_over_kinds", "majority", "n"}
 
 
 def write_card(folder: Path, target: str, source: Source, weights: Path, name: str) -> None:
@@ -65,7 +66,7 @@ def reports(weights: Path) -> Iterator[dict]:
         with contextlib.suppress(*UNREADABLE):
             report = json.loads(file.read_text(encoding="utf-8"))
             is_new = file.stat().st_mtime >= weights.stat().st_mtime
-            if is_new and Path(report["weight"]).stem == weights.stem and report["majority"]:
+            if is_new and report.keys() >= REPORTED and Path(report["weight"]).stem == weights.stem:
                 yield report
 
 
