@@ -17,6 +17,7 @@ AUTO_MAP = {
     "AutoConfig": "model_vlm.VLMConfig",
     "AutoModelForCausalLM": "model_vlm.MiniMindVLM",
     "AutoModelForImageTextToText": "model_vlm.MiniMindVLM",
+    "AutoModelForMultimodalLM": "model_vlm.MiniMindVLM",  # `transformers serve`
     "AutoProcessor": "processing_vlm.MiniMindVLMProcessor",
 }
 

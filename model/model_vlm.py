@@ -16,6 +16,7 @@ from torch import LongTensor, Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import SubConfigSpec
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 from .model_minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindOutput
@@ -23,6 +24,8 @@ from .pictures import first_line, to_rgb
 
 # Compared by identity: an equal path that the caller wrote counts as given explicitly.
 _DEFAULT_PATH = "./model/vision_model/clip-vit-base-patch16"
+# `transformers serve` looks here for models that see; the library's own `register` does not write it.
+MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES["minimind-v"] = "MiniMindVLM"
 
 
 class VLMConfig(MiniMindConfig):
