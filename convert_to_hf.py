@@ -18,11 +18,11 @@ from transformers.utils import logging as transformers_logging
 from common.cli import UserError, flag, parse_flags, run_main, user_errors
 from common.weights import half_state, save_weights
 from convert import internvl, llama, llava, minimind
-from convert.card import write_card
 from convert.export import SIDECAR, Source, check_target, replacing, write_errors
-from convert.hub import push
 from convert.names import KINDS
 from convert.pth import READERS, read_folder, read_sidecar
+from inference.hub import push
+from inference.model_card import write_card
 from inference.trained import WeightFlags, find_weight, load_export, load_pth
 from model.model_vlm import VLMConfig
 
@@ -81,13 +81,14 @@ def pth_to_folder(flags: ConvertFlags) -> None:
             write(folder, source)
             text = json.dumps(sidecar, indent=2, ensure_ascii=False)
             (folder / SIDECAR).write_text(text + "\n", encoding="utf-8")
-            write_card(folder, flags.format, source, path, flags.push_to_hub or out.name)
+            name, needed = flags.push_to_hub or out.name, minimind.required_transformers()
+            write_card(folder, flags.format, name, path, needed=needed, **vars(source))
         with user_errors("the export is wrong and was removed"):
             log.info(target.verify(folder, source))
     megabytes = sum(file.stat().st_size for file in out.iterdir()) / 1e6
     log.info("%s -> %s (%.1f MB)", path, out, megabytes)
     if flags.push_to_hub:
-        log.info("%s -> %s", out, push(out, flags.push_to_hub))
+        log.info("%s -> %s", out, push(out, flags.push_to_hub, SIDECAR))
 
 
 def folder_to_pth(folder: Path, out: Path) -> None:

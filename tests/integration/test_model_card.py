@@ -14,9 +14,8 @@ from conftest import ROOT, write_rows
 from PIL import Image
 from test_convert_to_hf import make_weights
 
-from convert.card import write_card
-from convert.export import Source
 from inference.answers import Question
+from inference.model_card import write_card
 from inference.scoring.accuracy import score
 from inference.trained import load_pth
 
@@ -57,7 +56,7 @@ def made(model, tmp_path):
             "log_interval": 2,
         }
         found = sidecar | {"step": STEP, "arguments": arguments} | changed
-        write_card(tmp_path, target, Source(vlm, processor, found, "some/clip"), weights, "me/tiny")
+        write_card(tmp_path, target, "me/tiny", weights, vlm, processor, found, "some/clip", "5.23")
         return (tmp_path / "README.md").read_text(encoding="utf-8")
 
     return weights, card

@@ -14,10 +14,10 @@ from test_convert_to_hf import answers_of_source, environment, files, make_weigh
 
 import convert_to_hf
 from common.cli import run_main
-from convert.hub import push
+from convert.export import SIDECAR
+from inference.hub import push
 
 REPOSITORY = "me/tiny-v1.0"
-SIDECAR = "minimind_sidecar.json"
 PICTURE = ROOT / "dataset/eval_images/drawing_sailboat.png"
 # Loads a repository as anybody does, and prints the answer's ids. Arguments: repository, picture.
 STRANGER = """
@@ -164,7 +164,7 @@ def test_large_files_arrive_by_lfs(here, pushed, monkeypatch, part):
     monkeypatch.setattr(here, "objects", {})
     repository = f"me/by-lfs-{part}"
 
-    address = push(out, repository)
+    address = push(out, repository, SIDECAR)
 
     assert address.startswith(f"{here.endpoint}/{repository}/commit/")
     assert here.models[repository] == here.models[REPOSITORY]
@@ -175,10 +175,10 @@ def test_large_files_arrive_by_lfs(here, pushed, monkeypatch, part):
 
 def test_the_same_again_makes_no_commit_and_another_export_one(here, pushed, tmp_path):
     _, out, _ = pushed
-    push(out, "me/again")
+    push(out, "me/again", SIDECAR)
     before = len(here.commits)
 
-    assert push(out, "me/again").startswith(f"{here.endpoint}/me/again/commit/")
+    assert push(out, "me/again", SIDECAR).startswith(f"{here.endpoint}/me/again/commit/")
     assert len(here.commits) == before
 
     changed = tmp_path / "changed"
@@ -186,7 +186,7 @@ def test_the_same_again_makes_no_commit_and_another_export_one(here, pushed, tmp
     for name, content in files(out).items():
         (changed / name).write_bytes(content)
     (changed / "README.md").write_bytes(files(out)["README.md"] + b"More.\n")
-    push(changed, "me/again")
+    push(changed, "me/again", SIDECAR)
     assert here.commits[-1]["files"] == ["README.md"]
 
 

@@ -6,16 +6,15 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
 from common.cli import UserError
-from convert.export import SIDECAR
 
 # A string of JSON that is a path out of the working folder, and the last name in it.
 OUTSIDE = re.compile(r'"(?:/|~/|(?:[^"\\]|\\.)*?\.\./)(?:[^"\\]|\\.)*?((?:[^"/\\]|\\.)*)"')
 
 
-def push(folder: Path, repository: str) -> str:
+def push(folder: Path, repository: str, sidecar_name: str) -> str:
     """Uploads to a repository, made if it is not there; the commit's address. UserError if that fails."""
-    sidecar = OUTSIDE.sub(r'"\1"', (folder / SIDECAR).read_text(encoding="utf-8"))
-    files = {file.name: file for file in sorted(folder.iterdir())} | {SIDECAR: sidecar.encode()}
+    sidecar = OUTSIDE.sub(r'"\1"', (folder / sidecar_name).read_text(encoding="utf-8"))
+    files = {file.name: file for file in sorted(folder.iterdir())} | {sidecar_name: sidecar.encode()}
     try:
         if not get_token():
             raise ValueError("no token: log in with `hf auth login`, or set HF_TOKEN")

@@ -13,27 +13,40 @@ import torch
 import transformers
 
 from common.weights import Sidecar
-from convert.export import Source
-from convert.minimind import ROOT, required_transformers
 from dataset.sources import raw_rows
+from model.model_vlm import MiniMindVLM
 from model.pictures import to_rgb
+from model.processing_vlm import MiniMindVLMProcessor
 
-TEMPLATE = Path(__file__).with_name("card.md.jinja")
-PICTURE, QUESTION = ROOT / "dataset/eval_images/drawing_tiger.png", "What is this?"
+TEMPLATE = Path(__file__).with_suffix(".md.jinja")
+PICTURE = Path(__file__).resolve().parent.parent / "dataset/eval_images/drawing_tiger.png"
+QUESTION = "What is this?"
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError)  # gone, or not a file of ours
 REPORTED = {"weight", "data_path", "blank_images", "blank", "by_kind", "mean_over_kinds", "majority", "n"}
 
 
-def write_card(folder: Path, target: str, source: Source, weights: Path, name: str) -> None:
-    """Writes README.md, and example.jpg for a target that takes pictures; `weights` is the `.pth`."""
-    learnt = (p for key, p in source.model.named_parameters() if not key.startswith("vision_encoder."))
-    files = map(Path, (source.sidecar.get("arguments") or {}).get("data_path") or [])
-    facts = dict(target=target, name=name, source=source, question=QUESTION, needed=required_transformers())
+def write_card(
+    folder: Path,
+    target: str,
+    name: str,
+    weights: Path,
+    model: MiniMindVLM,
+    processor: MiniMindVLMProcessor,
+    sidecar: Sidecar,
+    encoder: str | None,
+    needed: str,
+) -> None:
+    """Writes README.md, and example.jpg for a target that takes pictures; `weights` is the `.pth`, `needed`
+    the version of transformers that `target` wants."""
+    learnt = (p for key, p in model.named_parameters() if not key.startswith("vision_encoder."))
+    files = map(Path, (sidecar.get("arguments") or {}).get("data_path") or [])
+    facts = dict(target=target, name=name, config=model.config, sidecar=sidecar, encoder=encoder)
+    facts |= dict(question=QUESTION, needed=needed)
     facts |= dict(parameters=sum(p.numel() for p in learnt), reports=list(reports(weights)))
     facts |= dict(data={file.name: count_rows(file, weights) for file in files})
-    facts |= dict(losses=last_losses(source.sidecar, weights))
+    facts |= dict(losses=last_losses(sidecar, weights))
     facts |= dict(platform=platform, torch=torch, transformers=transformers)
-    facts |= {} if target == "llama" else {"answer": answer(folder, source)}
+    facts |= {} if target == "llama" else {"answer": answer(folder, model, processor)}
     template = jinja2.Template(TEMPLATE.read_text(encoding="utf-8"), keep_trailing_newline=True)
     (folder / "README.md").write_text(template.render(facts), encoding="utf-8")
 
@@ -70,11 +83,11 @@ def reports(weights: Path) -> Iterator[dict]:
                 yield report
 
 
-def answer(folder: Path, source: Source) -> str:
+def answer(folder: Path, model: MiniMindVLM, processor: MiniMindVLMProcessor) -> str:
     """The greedy answer about PICTURE, of which example.jpg is a copy."""
     to_rgb(PICTURE).save(folder / "example.jpg", quality=90)
     content = [{"type": "image", "path": str(folder / "example.jpg")}, {"type": "text", "text": QUESTION}]
     options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
-    inputs = source.processor.apply_chat_template([{"role": "user", "content": content}], **options)
-    tokens = source.model.generate(**inputs, do_sample=False, max_new_tokens=64)[0]  # (T + new,)
-    return source.processor.decode(tokens[inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    inputs = processor.apply_chat_template([{"role": "user", "content": content}], **options)
+    tokens = model.generate(**inputs, do_sample=False, max_new_tokens=64)[0]  # (T + new,)
+    return processor.decode(tokens[inputs["input_ids"].shape[1] :], skip_special_tokens=True)
