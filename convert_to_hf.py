@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 from common.cli import UserError, flag, parse_flags, run_main, user_errors
 from common.weights import half_state, save_weights
 from convert import internvl, llama, llava, minimind
-from convert.export import SIDECAR, Source, check_target, replacing, write_errors
+from convert.export import SIDECAR, Source, replacing, write_errors
 from convert.names import KINDS
 from convert.pth import READERS, read_folder, read_sidecar
 from inference.hub import push
@@ -110,6 +110,22 @@ def folder_to_pth(folder: Path, out: Path) -> None:
         log.warning("warning: %s has no %s: %s", folder, SIDECAR, unknown)
     save_weights(out, half_state(model.state_dict()), read_sidecar(folder, model, tokenizer))
     log.info("%s -> %s and %s", folder, out, out.with_suffix(".json").name)
+
+
+def check_target(out: Path) -> None:
+    """UserError if `out` is something that an export must not replace."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file, expected a folder")
+    if out.is_dir() and any(out.iterdir()) and not is_export(out):
+        raise UserError(f"--out {out} is not empty and not an export: it stays as it is, name another folder")
+
+
+def is_export(folder: Path) -> bool:
+    try:
+        sidecar = json.loads((folder / SIDECAR).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(sidecar, dict) and "config" in sidecar
 
 
 def model_type(folder: Path) -> str | None:

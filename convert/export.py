@@ -2,7 +2,6 @@
 the comparison of what the library loads from it with the source."""
 
 import contextlib
-import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,22 +32,6 @@ class Source:
     processor: MiniMindVLMProcessor
     sidecar: Sidecar
     encoder: str | None  # the folder it came from
-
-
-def check_target(out: Path) -> None:
-    """UserError if `out` is something that an export must not replace."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file, expected a folder")
-    if out.is_dir() and any(out.iterdir()) and not is_export(out):
-        raise UserError(f"--out {out} is not empty and not an export: it stays as it is, name another folder")
-
-
-def is_export(folder: Path) -> bool:
-    try:
-        sidecar = json.loads((folder / SIDECAR).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(sidecar, dict) and "config" in sidecar
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """The target `llama`: the language model alone, as Llama, Qwen2-MoE, Qwen3 or Qwen3-MoE."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -8,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from convert.export import Source, compare, prepare_tokenizer, save_generation_config, save_tensors
 from convert.names import to_text_config, to_text_state
 
+verify = partial(compare, model_class=AutoModelForCausalLM, processor_class=AutoTokenizer)
 CLASSES = {"llama": "Llama", "qwen2_moe": "Qwen2Moe", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe"}
 
 
@@ -25,7 +27,3 @@ def write(folder: Path, source: Source) -> None:
     tokenizer = source.processor.tokenizer
     prepare_tokenizer(tokenizer)
     tokenizer.save_pretrained(folder)
-
-
-def verify(folder: Path, source: Source) -> str:
-    return compare(folder, source, AutoModelForCausalLM, AutoTokenizer)

@@ -23,6 +23,7 @@ SCALE = 2.0**10  # tanh(x / SCALE) * SCALE is x, but for 4e-5 in the logits (2^8
 LARGE = 2.0**30  # a power of four; what the residual stream adds to it is lost in fp32
 # Templates that know only strings get messages whose parts are joined as our processor joins them.
 FLATTEN = Path(__file__).with_name("flatten.jinja")
+verify = compare
 
 
 def write(folder: Path, source: Source, projector_act: str = "linear") -> None:
@@ -45,10 +46,6 @@ def write(folder: Path, source: Source, projector_act: str = "linear") -> None:
     names = [f"linear_{i}.{name}" for i in (1, 2) for name in ("weight", "bias")]
     projector = {name: part.detach() for name, part in zip(names, parts, strict=True)}
     write_folder(folder, source, LlavaConfig(projector_hidden_act=projector_act), vision, encoder, projector)
-
-
-def verify(folder: Path, source: Source) -> str:
-    return compare(folder, source)
 
 
 def with_norm(encoder: State, vision: PreTrainedConfig, norm: nn.LayerNorm) -> State:

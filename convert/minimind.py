@@ -2,17 +2,17 @@
 
 import copy
 import re
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from common.weights import half_state
 from convert.export import Source, compare, prepare_tokenizer, save_generation_config, save_tensors
-from model.model_vlm import VLMConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = ("model_minimind.py", "model_vlm.py", "pictures.py", "processing_vlm.py")
-MODEL_TYPES = (VLMConfig.model_type,)
+verify = partial(compare, trust_remote_code=True)
 AUTO_MAP = {
     "AutoConfig": "model_vlm.VLMConfig",
     "AutoModelForCausalLM": "model_vlm.MiniMindVLM",
@@ -41,10 +41,6 @@ def write(folder: Path, source: Source) -> None:
     for name in CODE:
         code = (ROOT / "model" / name).read_text(encoding="utf-8")
         (folder / name).write_text(with_version_check(code), encoding="utf-8")
-
-
-def verify(folder: Path, source: Source) -> str:
-    return compare(folder, source, trust_remote_code=True)
 
 
 def with_version_check(source: str) -> str:
