@@ -10,14 +10,13 @@ import json
 import logging
 import re
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
 from common.cli import UserError, flag, parse_flags, run_main, user_errors
 from common.weights import half_state, save_weights
-from convert import internvl, llama, llava, minimind
+from convert import gguf, internvl, llama, llava, minimind
 from convert.export import SIDECAR, Source, replacing, write_errors
 from convert.names import KINDS
 from convert.pth import READERS, read_folder, read_sidecar
@@ -27,7 +26,7 @@ from inference.trained import WeightFlags, find_weight, load_export, load_pth
 from model.model_vlm import VLMConfig
 
 log = logging.getLogger(__name__)
-TARGETS = {"minimind": minimind, "llava": llava, "internvl": internvl, "llama": llama}
+TARGETS = {"minimind": minimind, "llava": llava, "internvl": internvl, "llama": llama, "gguf": gguf}
 FORMATS = tuple(TARGETS)
 READABLE = (VLMConfig.model_type, *READERS, *KINDS)
 
@@ -38,6 +37,7 @@ class ConvertFlags(WeightFlags):
     weight: str | None = flag(None, "the .pth to convert, or the name of one in out/")
     format: str = flag("minimind", "what to write (docs/interoperability.md)", FORMATS)
     projector_act: str = flag("linear", "of --format llava: tanh is for vLLM", ("linear", "tanh"))
+    quantization: str = flag("f16", "of --format gguf: how its language model is stored", ("f16", "q8_0"))
     push_to_hub: str | None = flag(None, "OWNER/NAME of a model on the hub, to upload the folder to as well")
     to_torch: str | None = flag(None, "the folder to turn back into a .pth and its .json")
 
@@ -53,6 +53,8 @@ class ConvertFlags(WeightFlags):
             raise ValueError(f"--out {self.out}: with --to_torch a name that ends in .pth is expected")
         if self.projector_act != "linear" and self.format != "llava":
             raise ValueError(f"--projector_act {self.projector_act} is for --format llava")
+        if self.quantization != "f16" and self.format != "gguf":
+            raise ValueError(f"--quantization {self.quantization} is for --format gguf")
         if self.push_to_hub and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.push_to_hub):
             raise ValueError(f"--push_to_hub {self.push_to_hub}: expected OWNER/NAME")
 
@@ -75,10 +77,10 @@ def pth_to_folder(flags: ConvertFlags) -> None:
     model, processor, sidecar = load_pth(path, flags.vision_model_path, flags.tokenizer_path, flags.heads())
     encoder = flags.vision_model_path or (sidecar.get("encoder") or {}).get("path")
     source, target = Source(model, processor, sidecar, encoder), TARGETS[flags.format]
-    write = partial(llava.write, projector_act=flags.projector_act) if target is llava else target.write
+    options = {"llava": {"projector_act": flags.projector_act}, "gguf": {"quantization": flags.quantization}}
     with replacing(out) as folder:
         with write_errors(out), user_errors(f"--format {flags.format} cannot hold {path}"):
-            write(folder, source)
+            target.write(folder, source, **options.get(flags.format, {}))
             text = json.dumps(sidecar, indent=2, ensure_ascii=False)
             (folder / SIDECAR).write_text(text + "\n", encoding="utf-8")
             name, needed = flags.push_to_hub or out.name, minimind.required_transformers()
