@@ -27,6 +27,7 @@ from dataset.rows import normalise_row
 from model.model_minimind import MiniMindForCausalLM
 from model.model_vlm import MiniMindVLM, VLMConfig
 from scripts.check_data import CheckFlags
+from scripts.import_lm import ImportFlags
 
 PAGES = ["README.md", "README_zh.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 OPEN = "TODO-FIGURE"
@@ -128,7 +129,7 @@ def test_scripts_accept_the_commands(command, monkeypatch, capsys, request):
 def test_flags_in_the_text_exist():
     known = {"help", "nproc_per_node"}
     programs = (train_sft_vlm.SFTFlags, eval_vlm.EvalFlags, convert_to_hf.ConvertFlags, web_demo.DemoFlags)
-    for flags in (*programs, CheckFlags):
+    for flags in (*programs, CheckFlags, ImportFlags):
         known |= flags.__dataclass_fields__.keys()
         known |= {f"no_{item.name}" for item in flags.__dataclass_fields__.values() if item.default is True}
     for script in (ROOT / "scripts").rglob("*.py"):

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDEN, TINY_ENCODER
+from conftest import GOLDEN, ROOT, TINY_ENCODER
 from hub_stub import COMMIT, HubStub
 from huggingface_hub import constants
 from language_models import QWEN3_TEMPLATE, write_model
-from test_readme import read
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3Config
 
 import convert_to_hf
@@ -242,7 +241,7 @@ def test_a_base_model_without_a_template_gets_ours(bring, tmp_path, caplog):
 
     assert "it has no chat template: ours goes with it" in caplog.messages
     tokenizer = load_tokenizer(str(tmp_path / "out/lm_64_tokenizer"))
-    assert tokenizer.chat_template == read("model/tokenizer/chat_template.jinja")
+    assert tokenizer.chat_template == (ROOT / "model/tokenizer/chat_template.jinja").read_text()
 
 
 BEGIN = (
