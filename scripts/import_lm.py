@@ -14,7 +14,6 @@ from pathlib import Path
 
 os.environ["HF_HUB_DISABLE_XET"] = "1"  # read on import; the hub's Xet transport goes past HF_ENDPOINT
 
-import jinja2
 import torch
 from huggingface_hub import snapshot_download
 from transformers import AddedToken, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
@@ -28,7 +27,7 @@ from common.weights import FIXED_3, describe, half_state, save_weights, weight_n
 from convert.export import prepare_tokenizer, replacing, write_errors
 from convert.names import CONFIGS, KINDS, from_text_config
 from convert.pth import read_language_model
-from model.model_minimind import MiniMindForCausalLM
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.processing_vlm import PLACEHOLDERS
 from scripts.download import hub_errors
 
@@ -111,12 +110,21 @@ def fetch_weights(source: str, revision: str | None) -> None:
 
 def read_config(folder: Path) -> PreTrainedConfig:
     """ValueError for a model that ours cannot express, as far as its config tells."""
-    fields, _ = PreTrainedConfig.get_config_dict(folder, local_files_only=True)
-    kind = fields.get("model_type")
-    if kind not in KINDS:  # not AutoConfig: some bring code of their own
-        raise ValueError(f"model_type is {kind!r}, expected one of {', '.join(sorted(KINDS))}")
-    config = CONFIGS[KINDS[kind]].from_pretrained(folder, local_files_only=True)
-    from_text_config(config)
+    try:
+        fields, _ = PreTrainedConfig.get_config_dict(folder, local_files_only=True)
+        if (kind := fields.get("model_type")) not in KINDS:  # some bring code of their own: it is not run
+            raise ValueError(f"model_type is {kind!r}, expected one of {', '.join(sorted(KINDS))}")
+        if quantized := fields.get("quantization_config"):
+            method = quantized.get("quant_method")
+            raise ValueError(f"its weights are quantized ({method}), expected plain ones")
+        config = CONFIGS[KINDS[kind]].from_pretrained(folder, local_files_only=True)
+        ours = MiniMindConfig(**from_text_config(config))
+        with torch.device("meta"):
+            MiniMindForCausalLM(ours)
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # the library and torch have many for values that make no sense
+        raise ValueError(f"config.json makes no model: {error}") from error
     heads = f"{config.num_attention_heads} heads, {config.num_key_value_heads} of them for keys and values"
     size = f"{config.hidden_size} x {config.num_hidden_layers}, {heads}"
     log.info("%s: %s, vocabulary of %d", kind, size, config.vocab_size)
@@ -127,7 +135,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # whatever the library raises for a damaged file
-        raise ValueError(f"tokenizer.json cannot be read: {error}") from error
+        raise ValueError(f"its tokenizer cannot be read: {error}") from error
     if len(tokenizer) != (end := max(tokenizer.get_vocab().values()) + 1):
         raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, but ids up to {end - 1}")
     return tokenizer
@@ -184,7 +192,7 @@ def rendered(tokenizer: PreTrainedTokenizerFast, turns: Sequence[tuple[str, str]
     messages = [{"role": role, "content": text} for role, text in turns]
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    except jinja2.TemplateError as error:
+    except Exception as error:  # templates are programs
         raise ValueError(f"its chat template fails: {error}") from error
 
 

@@ -260,6 +260,7 @@ OTHER_TEMPLATES = {
     + BEGIN
     + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
     "broken": "{% for m in",
+    "not for strings": "{{ 1 + messages[0].content }}",
 }
 
 
@@ -268,7 +269,7 @@ def test_other_templates_are_refused(bring, tmp_path, template):
     source = write_model(tmp_path / "source", "smollm2")
     set_template(source, template)
     code, message = bring(source)
-    fails = "raise_exception" in template or template == "{% for m in"
+    fails = template in [OTHER_TEMPLATES[name] for name in ("no system turn", "broken", "not for strings")]
     assert code == 1 and message.startswith(f"error: --source {source}: its chat template ")
     assert ("fails: " if fails else "is not ChatML: a prompt ends in ") in message
     assert not (tmp_path / "out").exists()
@@ -300,6 +301,21 @@ REFUSED = {
         "smollm2",
         lambda f: edit_config(f, model_type="mine", auto_map={"AutoConfig": "mine.C"}),
         "model_type is 'mine', expected one of llama, qwen2_moe, qwen3, qwen3_moe",
+    ),
+    "quantized": (
+        "qwen3",
+        lambda f: edit_config(f, quantization_config={"quant_method": "gptq", "bits": 4}),
+        "its weights are quantized (gptq), expected plain ones",
+    ),
+    "a size that is none": (
+        "smollm2",
+        lambda f: edit_config(f, hidden_size="wide"),
+        "config.json makes no model: ",
+    ),
+    "an unknown activation": (
+        "smollm2",
+        lambda f: edit_config(f, hidden_act="own"),
+        "config.json makes no model: 'own'",
     ),
     "biases": (
         "base",
@@ -339,7 +355,7 @@ REFUSED = {
     "damaged tokenizer": (
         "smollm2",
         lambda f: fill(f / "tokenizer.json", "{"),
-        "tokenizer.json cannot be read: ",
+        "its tokenizer cannot be read: ",
     ),
     "tokens without rows": (
         "smollm2",
