@@ -16,7 +16,7 @@ import transformers
 from conftest import ROOT, save_dinov2
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, CompileConfig
 
 import convert_to_hf
 from common.cli import run_main
@@ -307,6 +307,92 @@ def test_encoder_is_halved_only_where_nothing_is_lost():
     exact, inexact = torch.tensor([0.5, -2.0]), torch.tensor([0.1])
     assert {v.dtype for v in exact_half({"a": exact}).values()} == {torch.float16}
     assert {v.dtype for v in exact_half({"a": exact, "b": inexact}).values()} == {torch.float32}
+
+
+# --- other ways to load it
+
+
+@pytest.fixture(scope="module")
+def asked(export) -> tuple[list[dict], list[torch.Tensor], list[torch.Tensor]]:
+    """Questions about none, one and two pictures; greedy ids and logits of the export as it is."""
+    processor = AutoProcessor.from_pretrained(export[0], trust_remote_code=True)
+    model = load(export[0])
+    pictures = [Image.radial_gradient("L"), Image.linear_gradient("L").rotate(30)]
+    options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
+    inputs = []
+    for count in range(3):
+        content = [{"type": "image", "image": picture} for picture in pictures[:count]]
+        content.append({"type": "text", "text": "What is this?"})
+        inputs.append(processor.apply_chat_template([{"role": "user", "content": content}], **options))
+    return inputs, [answer(model, each) for each in inputs], [logits_of(model, each) for each in inputs]
+
+
+def load(folder: Path, **options) -> MiniMindVLM:
+    return AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, **options).eval()
+
+
+def answer(model: MiniMindVLM, inputs: dict, **options) -> list[list[int]]:
+    return model.generate(**inputs, max_new_tokens=NEW_TOKENS, **options).tolist()
+
+
+@torch.no_grad()
+def logits_of(model: MiniMindVLM, inputs: dict) -> torch.Tensor:
+    return model(**inputs).logits
+
+
+@pytest.mark.parametrize("room", [None, "1MB"], ids=["it fits", "the rest on the disk"])
+def test_accelerate_places_it(export, asked, tmp_path, room):
+    limit = {"max_memory": {"cpu": room}, "offload_folder": tmp_path} if room else {}
+
+    model = load(export[0], device_map="auto", **limit)
+
+    inputs, greedy, _ = asked
+    assert ("disk" in getattr(model, "hf_device_map", {}).values()) == (room is not None)
+    assert [answer(model, each) for each in inputs] == greedy
+
+
+def test_bf16_is_bf16_throughout(export, asked):
+    model = load(export[0], device_map="auto", dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    for inputs, _, logits in zip(*asked, strict=True):
+        found = logits_of(model, inputs)
+        assert (found.shape, found.dtype) == (logits.shape, torch.bfloat16)
+        assert (found - logits).abs().max() < 0.1 * logits.abs().max()
+        assert len(answer(model, inputs)[0]) == inputs["input_ids"].shape[1] + NEW_TOKENS
+
+
+INDUCTOR = pytest.param("inductor", True, marks=pytest.mark.slow)
+MIXTURE = pytest.param("eager", False, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("backend", "is_dense"), [("eager", True), INDUCTOR, MIXTURE])
+def test_a_static_cache_is_compiled(export, asked, convert, tmp_path, backend, is_dense):
+    """As `generate` compiles a step by itself on a GPU: in one graph, but for a mixture's experts."""
+    folder, (inputs, greedy, _) = export[0], asked
+    if not is_dense:
+        folder = tmp_path / "hf"
+        assert convert("--weight", make_weights(tmp_path, use_moe=True), "--out", folder)[0] == 0
+        greedy = [answer(load(folder), each) for each in inputs]
+    model, mode = load(folder), "default" if backend == "inductor" else None
+    settings = CompileConfig(backend=backend, mode=mode, fullgraph=is_dense)
+    settings._compile_all_devices = True
+    options = {"cache_implementation": "static", "compile_config": settings}
+
+    assert [answer(model, each, **options) for each in inputs] == greedy
+    assert model._compiled_call
+
+
+def test_eight_bits_are_enough(export, asked):
+    pytest.importorskip("bitsandbytes")
+
+    model = load(export[0], device_map="cpu", quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+
+    assert model.vision_proj.vision_proj[0].weight.dtype == torch.int8
+    inputs, greedy, logits = asked
+    for each, expected, exact in list(zip(inputs, greedy, logits, strict=True)):
+        assert (logits_of(model, each) - exact).abs().max() < 0.1 * exact.abs().max()
+        assert len(answer(model, each)[0]) == len(expected[0])
+    assert answer(model, inputs[1]) == greedy[1]
 
 
 # --- and back
