@@ -17,12 +17,21 @@ from transformers.utils import logging as transformers_logging
 from common.cli import UserError, flag, parse_flags, run_main, user_errors
 from common.weights import half_state, save_weights
 from convert import gguf, internvl, llama, llava, minimind
-from convert.export import SIDECAR, Source, replacing, write_errors
+from convert.export import Source, replacing, write_errors
 from convert.names import KINDS
-from convert.pth import READERS, read_folder, read_sidecar
+from convert.pth import READERS, read_folder
+from inference import llama_cpp
 from inference.hub import push
 from inference.model_card import write_card
-from inference.trained import WeightFlags, find_weight, load_export, load_pth
+from inference.trained import (
+    SIDECAR,
+    WeightFlags,
+    find_weight,
+    is_export,
+    load_export,
+    load_pth,
+    read_sidecar,
+)
 from model.model_vlm import VLMConfig
 
 log = logging.getLogger(__name__)
@@ -76,7 +85,7 @@ def pth_to_folder(flags: ConvertFlags) -> None:
         raise UserError(f"--weight {path} is a folder, expected a .pth")
     model, processor, sidecar = load_pth(path, flags.vision_model_path, flags.tokenizer_path, flags.heads())
     encoder = flags.vision_model_path or (sidecar.get("encoder") or {}).get("path")
-    source, target = Source(model, processor, sidecar, encoder), TARGETS[flags.format]
+    source, target = Source(model, processor), TARGETS[flags.format]
     options = {"llava": {"projector_act": flags.projector_act}, "gguf": {"quantization": flags.quantization}}
     with replacing(out) as folder:
         with write_errors(out), user_errors(f"--format {flags.format} cannot hold {path}"):
@@ -84,9 +93,11 @@ def pth_to_folder(flags: ConvertFlags) -> None:
             text = json.dumps(sidecar, indent=2, ensure_ascii=False)
             (folder / SIDECAR).write_text(text + "\n", encoding="utf-8")
             name, needed = flags.push_to_hub or out.name, minimind.required_transformers()
-            write_card(folder, flags.format, name, path, needed=needed, **vars(source))
+            write_card(folder, flags.format, name, path, *source, sidecar, encoder, needed)
         with user_errors("the export is wrong and was removed"):
             log.info(target.verify(folder, source))
+            if target is gguf and llama_cpp.is_installed():
+                log.info(llama_cpp.check(folder, model, processor, flags.quantization))
     megabytes = sum(file.stat().st_size for file in out.iterdir()) / 1e6
     log.info("%s -> %s (%.1f MB)", path, out, megabytes)
     if flags.push_to_hub:
@@ -120,14 +131,6 @@ def check_target(out: Path) -> None:
         raise UserError(f"--out {out} is a file, expected a folder")
     if out.is_dir() and any(out.iterdir()) and not is_export(out):
         raise UserError(f"--out {out} is not empty and not an export: it stays as it is, name another folder")
-
-
-def is_export(folder: Path) -> bool:
-    try:
-        sidecar = json.loads((folder / SIDECAR).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(sidecar, dict) and "config" in sidecar
 
 
 def model_type(folder: Path) -> str | None:

@@ -4,9 +4,8 @@ the comparison of what the library loads from it with the source."""
 import contextlib
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -16,22 +15,17 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, GenerationConfig
 
 from common.cli import UserError
-from common.weights import Sidecar
 from model.model_vlm import MiniMindVLM
 from model.processing_vlm import MiniMindVLMProcessor
 
-SIDECAR = "minimind_sidecar.json"  # marks a folder as ours to replace; the `.pth` gets it back
 TOLERANCE = 1e-3  # largest difference of a logit in fp32
 
 
-@dataclass
-class Source:
-    """What is exported: a model in fp32 and eval mode on the CPU, and what goes with it."""
+class Source(NamedTuple):
+    """What is exported: a model in fp32 and eval mode on the CPU, and its processor."""
 
     model: MiniMindVLM
     processor: MiniMindVLMProcessor
-    sidecar: Sidecar
-    encoder: str | None  # the folder it came from
 
 
 @contextlib.contextmanager

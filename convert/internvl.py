@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import AutoConfig, InternVLConfig, InternVLForConditionalGeneration, PreTrainedConfig
 
 from convert.export import Source, compare
-from convert.llava import encoder_state, write_folder
+from convert.llava import write_folder
 from convert.names import State
 
 PARTS = {"layer_norm": "vision_proj.mlp.0", "linear_1": "vision_proj.mlp.1", "linear_2": "vision_proj.mlp.3"}
@@ -26,7 +26,7 @@ def write(folder: Path, source: Source) -> None:
     state, vision = model.state_dict(), copy.deepcopy(model.config.vision_config)
     projector = {theirs: state[ours] for theirs, ours in NAMES.items()}
     config = InternVLConfig(projector_hidden_act="gelu", downsample_ratio=1 / r)
-    write_folder(folder, source, config, vision, encoder_state(model), projector)
+    write_folder(folder, source, config, vision, model.vision_encoder.state_dict(), projector)
 
 
 def verify(folder: Path, source: Source) -> str:

@@ -8,16 +8,15 @@ import tempfile
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoTokenizer, LlavaConfig, LlavaProcessor, PreTrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from convert.export import Source, compare, prepare_tokenizer, save_generation_config, save_tensors
 from convert.names import State, to_text_config, to_text_state
-from model.model_vlm import MiniMindVLM
 
 MARKER = "<image>"
+CLASS_TOKENS = ("embeddings.class_embedding", "embeddings.cls_token")
 TOWERS = ("clip_vision_model", "siglip_vision_model")
 SCALE = 2.0**10  # tanh(x / SCALE) * SCALE is x, but for 4e-5 in the logits (2^8: 7e-4)
 LARGE = 2.0**30  # a power of four; what the residual stream adds to it is lost in fp32
@@ -31,7 +30,7 @@ def write(folder: Path, source: Source, projector_act: str = "linear") -> None:
     model = source.model
     if model.config.pixel_shuffle != 1:
         raise ValueError(f"pixel_shuffle is {model.config.pixel_shuffle}: LLaVA has no such step")
-    vision, encoder = copy.deepcopy(model.config.vision_config), encoder_state(model)
+    vision, encoder = copy.deepcopy(model.config.vision_config), model.vision_encoder.state_dict()
     if vision.model_type not in TOWERS:
         raise ValueError(f"the encoder is {vision.model_type}, expected one of {', '.join(TOWERS)}")
     vision.tie_last_hidden_states = True  # else hidden_states[-1] is before a last norm
@@ -84,10 +83,6 @@ def read_projector(projector: State, encoder: State, config: PreTrainedConfig) -
     return {"vision_proj.vision_proj.0.weight": weight, "vision_proj.vision_proj.0.bias": bias}
 
 
-def encoder_state(model: MiniMindVLM) -> State:
-    return model.vision_encoder.state_dict()
-
-
 def write_folder(
     folder: Path,
     source: Source,
@@ -105,7 +100,9 @@ def write_folder(
     image_id = tokenizer.convert_tokens_to_ids(image_token)
     if image_id > ours.vocab_size:
         raise ValueError(f"vocab_size is {ours.vocab_size}, but the tokenizer has {image_id} tokens")
-    has_class_token = class_tokens(source) == 1
+    if registers := getattr(vision, "num_register_tokens", 0):
+        raise ValueError(f"the encoder has {registers} registers: at most a class token can be dropped")
+    has_class_token = any(name in encoder for name in CLASS_TOKENS)
     strategy = "default" if has_class_token else "full"
     config.text_config = to_text_config(ours, max(ours.vocab_size, image_id + 1))
     config.vision_config, config.image_token_id, config.image_seq_length = (
@@ -143,17 +140,6 @@ def write_folder(
         image_token=image_token,
         chat_template=flatten + source.processor.chat_template,
     ).save_pretrained(folder)
-
-
-def class_tokens(source: Source) -> int:
-    """How many tokens the encoder puts before its patches: 0 or 1. ValueError for registers."""
-    ours, pixels = source.model.config, source.processor.pixel_values([Image.new("RGB", (64, 64))])
-    with torch.no_grad():
-        tokens = source.model.vision_encoder(pixel_values=pixels).last_hidden_state.shape[1]
-    extra = tokens - len(ours.image_ids) * ours.pixel_shuffle**2
-    if extra not in (0, 1):
-        raise ValueError(f"the encoder makes {extra} tokens beside the patches, at most one is dropped")
-    return extra
 
 
 def with_marker(tokenizer: Tokenizer) -> Tokenizer:

@@ -14,22 +14,14 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from model.model_minimind import YARN, MiniMindConfig, yarn_frequencies
 
 State = dict[str, Tensor]
-CONFIGS = {  # by (qk_norm, use_moe)
-    (False, False): LlamaConfig,
-    (False, True): Qwen2MoeConfig,
-    (True, False): Qwen3Config,
-    (True, True): Qwen3MoeConfig,
-}
+CONFIGS = {(False, False): LlamaConfig, (False, True): Qwen2MoeConfig}  # by (qk_norm, use_moe)
+CONFIGS |= {(True, False): Qwen3Config, (True, True): Qwen3MoeConfig}
 KINDS = {config.model_type: kind for kind, config in CONFIGS.items()}
 ALIKE = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim vocab_size hidden_act"
 ALIKE += " intermediate_size max_position_embeddings rms_norm_eps tie_word_embeddings"
 ALIKE += " bos_token_id eos_token_id pad_token_id"
-MIXTURE = {  # ours: theirs
-    "n_routed_experts": "num_experts",
-    "num_experts_per_tok": "num_experts_per_tok",
-    "moe_intermediate_size": "moe_intermediate_size",
-    "aux_loss_alpha": "router_aux_loss_coef",
-}
+MIXTURE = {"n_routed_experts": "num_experts", "num_experts_per_tok": "num_experts_per_tok"}  # ours: theirs
+MIXTURE |= {"moe_intermediate_size": "moe_intermediate_size", "aux_loss_alpha": "router_aux_loss_coef"}
 # Names, axis along which shared experts are one, and what Qwen2-MoE multiplies their sum with: a sigmoid,
 # which is 0.5 where the weights of the shared expert's gate are zero.
 PROJECTIONS = (("gate_proj", 0, 1), ("up_proj", 0, 1), ("down_proj", 1, 0.5))

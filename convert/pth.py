@@ -12,16 +12,13 @@ from transformers import (
     AutoModelForImageTextToText,
     InternVLConfig,
     PreTrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
 from common.cli import user_errors
 from common.tokenizer import load_tokenizer
-from common.weights import Sidecar, describe
 from convert import internvl, llava
-from convert.export import SIDECAR
 from convert.names import KINDS, State, from_text_config, from_text_state
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.model_vlm import MiniMindVLM, VLMConfig, load_weights
@@ -88,9 +85,8 @@ def filled(model: MiniMindForCausalLM, state: State) -> MiniMindForCausalLM:
     largest = torch.finfo(torch.float16).max
     for key, value in state.items():
         if not key.startswith("vision_encoder.") and not (value.abs() <= largest).all():
-            raise ValueError(
-                f"{key} has {value.abs().max():g}, beyond fp16's {largest:g}: a .pth cannot hold it"
-            )
+            found = f"{key} has {value.abs().max():g}"
+            raise ValueError(f"{found}, beyond fp16's {largest:g}: a .pth cannot hold it")
     load_weights(model, state)
     return model.eval()
 
@@ -98,12 +94,10 @@ def filled(model: MiniMindForCausalLM, state: State) -> MiniMindForCausalLM:
 def load_state(folder: Path, model_class: type, config: PreTrainedConfig) -> State:
     """The state dict of the library's own class in fp32. ValueError for missing or damaged weights."""
     try:
-        loaded = model_class.from_pretrained(
-            folder, config=config, dtype=torch.float32, local_files_only=True, output_loading_info=True
-        )
+        options = dict(config=config, local_files_only=True, output_loading_info=True)
+        model, report = model_class.from_pretrained(folder, dtype=torch.float32, **options)
     except (RuntimeError, SafetensorError) as error:
         raise ValueError(str(error)) from error
-    model, report = loaded
     if missing := report["missing_keys"]:  # the library would go on with random weights
         raise ValueError(f"{len(missing)} weights are missing, {min(missing)} among them")
     return model.state_dict()
@@ -115,14 +109,3 @@ def without_marker(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBas
     parts["added_tokens"] = [token for token in parts["added_tokens"] if token["content"] != llava.MARKER]
     names = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(parts)), **names)
-
-
-def read_sidecar(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Sidecar:
-    """The sidecar that an export carries, else what the files say: `save_pretrained` does not copy it."""
-    if (folder / SIDECAR).is_file():
-        with user_errors(str(folder / SIDECAR)):
-            return json.loads((folder / SIDECAR).read_text(encoding="utf-8"))
-    sidecar = describe(model, tokenizer, stage="", step=0, arguments={})
-    for name in ("architectures", "auto_map", "dtype"):  # of the folder, not of the weights
-        sidecar["config"].pop(name, None)
-    return {name: sidecar[name] for name in ("config", "tokenizer", "encoder")}

@@ -1,21 +1,23 @@
 """Which trained model is used, its flags, and how it is loaded: for evaluation, export and the web demo."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoImageProcessor
+from transformers import AutoImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from common.cli import DeviceFlags, EncoderFlags, UserError, flag, user_errors
 from common.setup import ENCODERS, TOKENIZERS, build_vlm, with_pixel_shuffle
 from common.tokenizer import check_tokenizer, load_tokenizer
-from common.weights import Sidecar, check_sizes, load_weights_file, published_weights, release_of
+from common.weights import Sidecar, check_sizes, describe, load_weights_file, published_weights, release_of
 from model.model_vlm import MiniMindVLM, load_weights
 from model.processing_vlm import MiniMindVLMProcessor
 
 PUBLISHED_NAMES = (Path("out/sft_vlm_768.pth"), Path("out/sft_vlm_512.pth"))  # of release 3, of release 2
 DEMO_FOLDER = Path("out/demo")
+SIDECAR = "minimind_sidecar.json"  # marks a folder as ours to replace; the `.pth` gets it back
 DEFAULT_WEIGHT = (
     f"{PUBLISHED_NAMES[0]}, else {PUBLISHED_NAMES[1]}, else the newest sft_vlm_*.pth in {DEMO_FOLDER}/"
 )
@@ -122,3 +124,22 @@ def load_export(folder: Path) -> tuple[MiniMindVLM, MiniMindVLMProcessor]:
         image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
     parts = image_processor, load_tokenizer(str(folder))
     return model.eval(), MiniMindVLMProcessor(*parts, tokens_per_image=len(model.config.image_ids))
+
+
+def is_export(folder: Path) -> bool:
+    try:
+        sidecar = json.loads((folder / SIDECAR).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(sidecar, dict) and "config" in sidecar
+
+
+def read_sidecar(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Sidecar:
+    """The sidecar that an export carries, else what the files say: `save_pretrained` does not copy it."""
+    if (folder / SIDECAR).is_file():
+        with user_errors(str(folder / SIDECAR)):
+            return json.loads((folder / SIDECAR).read_text(encoding="utf-8"))
+    sidecar = describe(model, tokenizer, stage="", step=0, arguments={})
+    for name in ("architectures", "auto_map", "dtype"):  # of the folder, not of the weights
+        sidecar["config"].pop(name, None)
+    return {name: sidecar[name] for name in ("config", "tokenizer", "encoder")}

@@ -27,6 +27,7 @@ from common.tokenizer import load_tokenizer
 from common.weights import half_state, translated
 from convert import gguf
 from convert.export import Source
+from inference import llama_cpp
 from inference.trained import load_pth
 from model.model_vlm import load_weights
 
@@ -59,7 +60,7 @@ def main() -> None:
         unequal = [
             f"{kind} in {quantization}"
             for kind, source, questions in checks
-            for quantization in gguf.GAP
+            for quantization in llama_cpp.GAP
             if compared(kind, source, questions, quantization, folder) > TIED and quantization == "f16"
         ]
     sys.exit(f"llama.cpp answers otherwise: {', '.join(unequal)}" if unequal else 0)
@@ -70,7 +71,7 @@ def compared(kind: str, source: Source, questions: Questions, quantization: str,
     out = folder / f"{kind} {quantization}"
     out.mkdir()
     gguf.write(out, source, quantization)
-    answers = gguf.ask(out, source, questions)
+    answers = llama_cpp.ask(out, source.model, source.processor, questions)
     equal = sum(answer.ours == answer.theirs for answer in answers)
     lead, gap = max(answer.lead for answer in answers), max(max(answer.gaps) for answer in answers)
     print(f"{kind:20} {quantization:6} {equal:>3} of {len(answers)} {lead:13.3f} {gap:12.3f}", flush=True)
@@ -114,7 +115,7 @@ def memorizing(config: dict, encoder: Path) -> tuple[Source, Questions]:
         if loss < 0.05:
             break
     load_weights(model, half_state(model.state_dict()))  # rounded, as a .pth has them
-    return Source(model.eval(), processor, {}, None), [(picture, QUESTION) for picture in pictures]
+    return Source(model.eval(), processor), [(picture, QUESTION) for picture in pictures]
 
 
 def padded(rows: list[list[int]], value: int) -> torch.Tensor:
@@ -130,7 +131,7 @@ def demo_with(encoder: Path, demo: Path, folder: Path) -> tuple[Source, Question
     command = [sys.executable, str(ROOT / "train_pretrain_vlm.py")]
     command += [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
     subprocess.run(command, cwd=ROOT, check=True)
-    source = Source(*load_pth(folder / "pretrain_vlm_128.pth"), None)
+    source = Source(*load_pth(folder / "pretrain_vlm_128.pth")[:2])
     with (demo / "data/eval_unseen.jsonl").open(encoding="utf-8") as lines:
         rows = [json.loads(line) for line, _ in zip(lines, range(60), strict=False)]
     questions = [row["conversations"][0]["content"].removeprefix("<image>\n") for row in rows]

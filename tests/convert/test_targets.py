@@ -219,7 +219,7 @@ def test_internvl_gives_the_golden_logits_of_release_3(tmp_path, name):
     model, golden = golden_model(f"v3/{name}")
     image_processor = AutoImageProcessor.from_pretrained(ENCODERS[3], backend="pil")
     processor = MiniMindVLMProcessor(image_processor, release3.make_tokenizer(), tokens_per_image=64)
-    internvl.write(tmp_path, Source(model, processor, {}, None))
+    internvl.write(tmp_path, Source(model, processor))
     theirs, _ = load(tmp_path, "internvl")
 
     pixels = golden["pixel_values"].flatten(0, 1)  # (images, 3, H, W)
@@ -299,7 +299,7 @@ def test_what_a_target_cannot_hold_is_one_line(convert, tmp_path, release, targe
 def test_registers_are_refused(convert, tmp_path):
     weights = make_weights(tmp_path, 3, save_dinov2(tmp_path / "dinov2", registers=4), image_token_len=16)
     code, line = convert("--weight", weights, "--out", tmp_path / "export", "--format", "internvl")
-    assert (code, "5 tokens beside the patches, at most one is dropped" in line) == (1, True)
+    assert (code, "4 registers: at most a class token can be dropped" in line) == (1, True)
 
 
 USAGE = {

@@ -14,8 +14,8 @@ from test_convert_to_hf import answers_of_source, environment, files, make_weigh
 
 import convert_to_hf
 from common.cli import run_main
-from convert.export import SIDECAR
 from inference.hub import push
+from inference.trained import SIDECAR
 
 REPOSITORY = "me/tiny-v1.0"
 PICTURE = ROOT / "dataset/eval_images/drawing_sailboat.png"
