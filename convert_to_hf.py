@@ -46,7 +46,7 @@ class ConvertFlags(WeightFlags):
     weight: str | None = flag(None, "the .pth to convert, or the name of one in out/")
     format: str = flag("minimind", "what to write (docs/interoperability.md)", FORMATS)
     projector_act: str = flag("linear", "of --format llava: tanh is for vLLM", ("linear", "tanh"))
-    quantization: str = flag("f16", "of --format gguf: how its language model is stored", ("f16", "q8_0"))
+    quantization: str = flag("f16", "of --format gguf: the language model's weights", ("f16", "q8_0"))
     push_to_hub: str | None = flag(None, "OWNER/NAME of a model on the hub, to upload the folder to as well")
     to_torch: str | None = flag(None, "the folder to turn back into a .pth and its .json")
 
@@ -97,7 +97,7 @@ def pth_to_folder(flags: ConvertFlags) -> None:
         with user_errors("the export is wrong and was removed"):
             log.info(target.verify(folder, source))
             if target is gguf and llama_cpp.is_installed():
-                log.info(llama_cpp.check(folder, model, processor, flags.quantization))
+                log.info(llama_cpp.compare(folder, model, processor))
     megabytes = sum(file.stat().st_size for file in out.iterdir()) / 1e6
     log.info("%s -> %s (%.1f MB)", path, out, megabytes)
     if flags.push_to_hub:
