@@ -101,6 +101,7 @@ def pth_to_folder(flags: ConvertFlags) -> None:
     megabytes = sum(file.stat().st_size for file in out.iterdir()) / 1e6
     log.info("%s -> %s (%.1f MB)", path, out, megabytes)
     if flags.push_to_hub:
+        transformers_logging.enable_progress_bar()  # also the hub's
         log.info("%s -> %s", out, push(out, flags.push_to_hub, SIDECAR))
 
 
