@@ -237,7 +237,8 @@ class MiniMindModel(nn.Module):
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]  # (B, T)
             else:
                 position_ids = torch.arange(length, device=hidden.device)[None] + past  # (1, T)
-        rope = tuple(table[position_ids].unsqueeze(1) for table in (self.freqs_cos, self.freqs_sin))
+        tables = self.freqs_cos, self.freqs_sin  # on the CPU where accelerate spreads the layers over devices
+        rope = tuple(table[position_ids.to(table.device)].unsqueeze(1).to(hidden.device) for table in tables)
         attention = {"rope": rope, "mask": mask, "past_key_values": past_key_values}
         attention["output_attentions"] = output_attentions
         aux_loss = torch.zeros((), device=hidden.device)

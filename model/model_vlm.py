@@ -234,7 +234,7 @@ class MiniMindVLM(MiniMindForCausalLM):
             raise ValueError(f"image features have shape {tuple(found)}, expected {expected}")
         shuffled = pixel_shuffled(features, r, self.config.vision_config)  # (images, N, r^2 W)
         # Not the dtype of the projection's weights: quantized ones are integers.
-        projected = self.vision_proj(shuffled.to(embedded.dtype)).to(embedded.dtype)  # (images, N, C)
+        projected = self.vision_proj(shuffled.to(embedded.dtype)).to(embedded)  # (images, N, C)
         # Not in place: dropout and embedding need their outputs in the backward pass.
         return embedded.flatten(0, 1).index_copy(0, positions, projected.flatten(0, 1)).view_as(embedded)
 

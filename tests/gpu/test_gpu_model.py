@@ -50,6 +50,23 @@ def test_bfloat16_stays_near_them(name, device):
     assert (found - expected).abs().mean() < 0.035 * expected.std()
 
 
+@pytest.mark.parametrize("name", ["dense", "v3/moe3"])
+def test_parts_of_a_model_may_wait_on_the_cpu(name, device, exact, tmp_path):
+    """As accelerate places one that is too large: the tables of RoPE, parts of no layer, stay there."""
+    golden, expected = golden_model(name)
+    golden.save_pretrained(tmp_path)
+    layers = [f"model.layers.{number}" for number in range(golden.config.num_hidden_layers)]
+    here = ["model.embed_tokens", *layers[:-1], "vision_proj", "lm_head"]
+    places = dict.fromkeys(here, str(device)) | dict.fromkeys(
+        ["model.dropout", layers[-1], "model.norm", "vision_encoder"], "cpu"
+    )
+    placed = MiniMindVLM.from_pretrained(tmp_path, device_map=places).eval()
+    with torch.no_grad():
+        ids, pixels = (expected[key].to(device) for key in ("input_ids", "pixel_values"))
+        found = placed(ids, pixel_values=pixels).logits[:, -20:].cpu()
+    torch.testing.assert_close(found, expected["logits_last"], atol=1e-3, rtol=0)
+
+
 @pytest.mark.parametrize("options", [{}, {"n_shared_experts": 0, "num_experts_per_tok": 1}], ids=["2", "3"])
 def test_grouped_experts_are_sliced_ones(device, monkeypatch, options):
     grouped = language_model(device, use_moe=True, **options).model.layers[0].mlp.train()
