@@ -18,7 +18,6 @@ TRAINABLE = ("proj", "proj_first_last", "proj_last", "proj_attn", "proj_llm")
 TRACKERS = ("tensorboard", "wandb", "swanlab", "trackio", "none")
 SIZE_FLAGS = [name for name in (*SIZES, "pixel_shuffle") if name != "vocab_size"]  # the tokenizer's to say
 FOLLOWS = "; if not given: the base's, {} without a base"
-MAX_POSITIONS = 32768  # of MiniMindConfig
 resumable = partial(flag, resumable=True)  # a run that goes on may have another value
 MAY_BE_ZERO = ("num_workers", "warmup_iters", "grad_clip", "max_bad_steps", "seed", "eval_share")
 
@@ -83,8 +82,6 @@ class TrainingFlags(DeviceFlags):
                 bound = "not be negative" if name in MAY_BE_ZERO else "be above 0"
                 raise ValueError(f"--{name} must {bound}, found {value}")
         check_seed(self.seed)
-        if (self.max_seq_len or 0) > MAX_POSITIONS:
-            raise ValueError(f"--max_seq_len must be at most {MAX_POSITIONS}, found {self.max_seq_len}")
         if self.eval_share >= 1 or (self.eval_share and self.eval_data_path):
             raise ValueError("--eval_share must be below 1, and goes without --eval_data_path")
         if self.data_path == []:

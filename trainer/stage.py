@@ -174,9 +174,11 @@ def follow(
     flags = dataclasses.replace(flags, **{name: defaults[name] for name in unset})
     config = config | flags.model_config()
     try:
-        MiniMindConfig(**config)
+        positions = MiniMindConfig(**config).max_position_embeddings
     except ValueError as error:
         raise UsageError(f"--{error}") from None
+    if flags.max_seq_len > positions:
+        raise UsageError(f"--max_seq_len must be at most {positions}, found {flags.max_seq_len}")
     return flags, config
 
 

@@ -91,6 +91,7 @@ def test_the_checkpoint_of_resume_decides_before_any_base(data, tmp_path, run, l
         ([], ["--from_weight", "gone.pth"], 1, "gone.pth: no such weights"),
         (["lm_64"], ["--from_weight", "none", "--num_attention_heads", 3], 2, "--hidden_size 512 must be"),
         ([], ["--from_weight", "none", "--hidden_size", 100], 2, "--hidden_size 100 must be a multiple of"),
+        ([], ["--from_weight", "none", "--max_seq_len", 40000], 2, "must be at most 32768, found 40000"),
     ],
 )
 def test_what_does_not_decide_is_told_in_one_line(data, tmp_path, run, files, flags, code, message):

@@ -560,3 +560,11 @@ def test_it_is_trained_asked_and_exported(
     assert type(alone).__name__ == {"smollm2": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}[kind]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert len(tokenizer) == alone.config.vocab_size == sidecar["config"]["vocab_size"]
+
+
+def test_rows_longer_than_it_was_made_for_are_told_before_training(run, bring, data, tmp_path):
+    assert bring(write_model(tmp_path / "source", max_position_embeddings=300))[0] == 0
+    flags = ["--from_weight", tmp_path / "out/lm_64.pth", "--vision_model_path", TINY_ENCODER]
+    rows = ["--data_path", data / "captions.jsonl", "--images_path", data / "images"]
+    result = run("train_pretrain_vlm.py", *flags, *rows, "--out_dir", tmp_path / "out", expect=2)
+    assert "error: --max_seq_len must be at most 300, found 640" in result.stderr.splitlines()
