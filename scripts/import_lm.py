@@ -56,8 +56,9 @@ TURNS = [
 SYSTEM_TURN = ("system", "Answer in a few words.")
 OWN_SYSTEM_TURN = rf"(?:{re.escape(START)}system\n.*?{re.escape(END)}\n)?"
 THINK_BLOCK = r"(?:<think>\n\n</think>\n\n)?"  # of Qwen3 and of release 3
-# Prompts then end in the block that stands before what is learnt, and answers come without it.
-NO_THINKING = "{%- set enable_thinking = enable_thinking | default(false) -%}\n"
+# Prompts then end in the block that stands before what is learnt, and answers come without it. Servers say
+# `enable_thinking` of themselves: what they say does not count.
+NO_THINKING = "{%- set enable_thinking = false -%}\n"
 
 
 @dataclass
@@ -171,7 +172,7 @@ def set_template(tokenizer: PreTrainedTokenizerFast) -> None:
     )
     if thinking != not_thinking:
         tokenizer.chat_template = NO_THINKING + tokenizer.chat_template
-        log.info("its chat template has enable_thinking: that is false now where it is not given")
+        log.info("its chat template can ask for thinking: its first line now says that none is wanted")
         check_template(tokenizer, TURNS)
 
 

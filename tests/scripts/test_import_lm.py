@@ -213,12 +213,12 @@ def set_template(folder: Path, template: str | None) -> None:
     path.write_text(json.dumps({name: value for name, value in settings.items() if value is not None}))
 
 
-def test_chatml_stays_and_thinking_is_asked_for(bring, tmp_path, caplog):
+def test_chatml_stays_and_no_thinking_is_asked_for(bring, tmp_path, caplog):
     """What stands before an answer in training stands at the end of a prompt: answers come without it."""
     source = write_model(tmp_path / "source", "qwen3")
     assert bring(source) == (0, "")
 
-    told = "its chat template has enable_thinking: that is false now where it is not given"
+    told = "its chat template can ask for thinking: its first line now says that none is wanted"
     assert told in caplog.messages and "bos_token was None, is <|im_start|> now" in caplog.messages
     tokenizer = load_tokenizer(str(tmp_path / "out/lm_64_tokenizer"))
     assert tokenizer.chat_template.endswith(QWEN3_TEMPLATE)
@@ -230,8 +230,9 @@ def test_chatml_stays_and_thinking_is_asked_for(bring, tmp_path, caplog):
     assert tokenizer.decode(prompt).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
     learnt = tokenizer.decode([token for token in labels if token >= 0])
     assert learnt == "<think>\n\n</think>\n\nHi<|im_end|>\n"
-    options = {"add_generation_prompt": True, "enable_thinking": True}
-    assert processor.apply_chat_template(turns[:1], **options).endswith("<|im_start|>assistant\n")
+    options = {"tokenize": True, "add_generation_prompt": True}
+    for thinking in ({}, {"enable_thinking": True}):  # which servers say of themselves
+        assert processor.apply_chat_template(turns[:1], **options, **thinking) == prompt
 
 
 def test_a_base_model_without_a_template_gets_ours(bring, tmp_path, caplog):
