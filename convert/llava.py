@@ -20,43 +20,51 @@ CLASS_TOKENS = ("embeddings.class_embedding", "embeddings.cls_token")
 TOWERS = ("clip_vision_model", "siglip_vision_model")
 SCALE = 2.0**10  # tanh(x / SCALE) * SCALE is x, but for 4e-5 in the logits (2^8: 7e-4)
 LARGE = 2.0**30  # a power of four; what the residual stream adds to it is lost in fp32
-# Templates that know only strings get messages whose parts are joined as our processor joins them.
+LARGER = 2.0**54  # likewise, and so is what LARGE has added
+# Templates that know only strings get messages whose parts are joined as our processor joins them. vLLM sends
+# parts to those alone that loop over something of the name `content`.
 FLATTEN = Path(__file__).with_name("flatten.jinja")
 verify = compare
 
 
 def write(folder: Path, source: Source, projector_act: str = "linear") -> None:
-    """A linear projection exactly, or, for vLLM, which knows no linear one, with `projector_act` tanh."""
+    """Exactly as it is, or, with `projector_act` tanh, for vLLM: that knows no linear projection, and leaves
+    out the encoder's last norm."""
     model = source.model
     if model.config.pixel_shuffle != 1:
         raise ValueError(f"pixel_shuffle is {model.config.pixel_shuffle}: LLaVA has no such step")
     vision, encoder = copy.deepcopy(model.config.vision_config), model.vision_encoder.state_dict()
     if vision.model_type not in TOWERS:
         raise ValueError(f"the encoder is {vision.model_type}, expected one of {', '.join(TOWERS)}")
-    vision.tie_last_hidden_states = True  # else hidden_states[-1] is before a last norm
+    for_vllm, last_norm, large = projector_act == "tanh", model.vision_encoder.post_layernorm, LARGE
     if model.config.projector == "mlp":
-        norm, first, _, second = model.vision_proj.mlp
-        encoder, projector_act = with_norm(encoder, vision, norm), "gelu"
+        last_norm, first, _, second = model.vision_proj.mlp
+        encoder, projector_act, large = with_norm(encoder, vision, last_norm), "gelu", LARGER
         parts = first.weight, first.bias, second.weight, second.bias
     else:
         linear, width = model.vision_proj.vision_proj[0], model.config.hidden_size
-        scale = SCALE if projector_act == "tanh" else 1.0
+        scale = SCALE if for_vllm else 1.0
         parts = linear.weight / scale, linear.bias / scale, torch.eye(width) * scale, torch.zeros(width)
     names = [f"linear_{i}.{name}" for i in (1, 2) for name in ("weight", "bias")]
     projector = {name: part.detach() for name, part in zip(names, parts, strict=True)}
+    vision.tie_last_hidden_states = not for_vllm  # if not, hidden_states[-1] is before the last norm
+    if for_vllm and vision.model_type != "clip_vision_model":
+        encoder = with_norm(encoder, vision, last_norm, large)
+        projector["linear_1.weight"] = projector["linear_1.weight"] / large
     write_folder(folder, source, LlavaConfig(projector_hidden_act=projector_act), vision, encoder, projector)
 
 
-def with_norm(encoder: State, vision: PreTrainedConfig, norm: nn.LayerNorm) -> State:
+def with_norm(encoder: State, vision: PreTrainedConfig, norm: nn.LayerNorm, large: float = LARGE) -> State:
     """A SigLIP encoder that ends in the projection's `norm`, which LLaVA has no place for: one layer more
-    (`vision` is told) adds LARGE times its own last norm's output u to the residual stream x, and the norm
-    of LARGE * u + x is that of u: 1e-5 in the logits. Its MLP is linear: gelu(s u) - gelu(-s u) = s u."""
+    (`vision` is told) adds `large` times its own last norm's output u to the residual stream x, and the norm
+    of large * u + x is that of u: 1e-5 in the logits. Its MLP is linear: gelu(s u) - gelu(-s u) = s u."""
     width, inner, layer = vision.hidden_size, vision.intermediate_size, vision.num_hidden_layers
     if vision.model_type != "siglip_vision_model" or inner < 2 * width:
-        raise ValueError(f"projector is 'mlp', which needs SigLIP's encoder: this is {vision.model_type}")
-    s = LARGE**0.5
+        found = f"{vision.model_type}, {width} wide and {inner} within"
+        raise ValueError(f"the encoder is {found}: one more norm needs SigLIP's, with twice the width within")
+    s = large**0.5
     both = torch.cat([torch.eye(width), -torch.eye(width), torch.zeros(inner - 2 * width, width)]) * s
-    last = {f"layer_norm2.{name}": encoder[f"post_layernorm.{name}"] for name in ("weight", "bias")}
+    last = {f"layer_norm2.{name}": encoder[f"post_layernorm.{name}"].clone() for name in ("weight", "bias")}
     last |= {"mlp.fc1.weight": both, "mlp.fc2.weight": both.T}
     before = f"encoder.layers.{layer - 1}."
     names = [key.removeprefix(before) for key in encoder if key.startswith(before)]
@@ -68,12 +76,14 @@ def with_norm(encoder: State, vision: PreTrainedConfig, norm: nn.LayerNorm) -> S
 
 def read_projector(projector: State, encoder: State, config: PreTrainedConfig) -> State:
     """Our projection for LLaVA's two layers. ValueError for what does not come down to one of ours."""
-    act, last = config.projector_hidden_act, config.vision_config.num_hidden_layers - 1
+    act, vision = config.projector_hidden_act, config.vision_config
     first, second = ({name: projector[f"linear_{i}.{name}"] for name in ("weight", "bias")} for i in (1, 2))
-    added = encoder.get(f"encoder.layers.{last}.self_attn.out_proj.weight")
-    if act == "gelu" and added is not None and not added.any():
+    added = [key for key in encoder if key.endswith("self_attn.out_proj.weight") and not encoder[key].any()]
+    vision.num_hidden_layers -= len(added)
+    if added and not vision.tie_last_hidden_states:
+        first["weight"] = first["weight"] * (LARGER if act == "gelu" else LARGE)
+    if act == "gelu" and added:
         norm = {name: encoder[f"post_layernorm.{name}"] for name in ("weight", "bias")}
-        config.vision_config.num_hidden_layers = last
         parts = {0: norm, 1: first, 3: second}
         return {f"vision_proj.mlp.{i}.{name}": part[name] for i, part in parts.items() for name in part}
     weight, bias = second["weight"] @ first["weight"], second["weight"] @ first["bias"] + second["bias"]

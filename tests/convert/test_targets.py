@@ -191,19 +191,27 @@ def test_a_folder_that_others_saved_comes_back(convert, tmp_path, case):
         assert torch.equal(again.lm_head.weight, load_vlm(str(weights))[0].lm_head.weight)
 
 
+FOR_VLLM = {"clip": (2, None, "tanh"), "siglip": (2, ENCODERS[3], "tanh"), "release_3": (3, None, "gelu")}
+
+
+@pytest.mark.parametrize(("release", "encoder", "activation"), FOR_VLLM.values(), ids=FOR_VLLM.keys())
 @torch.no_grad()
-def test_tanh_costs_little_and_comes_back(convert, tmp_path):
-    weights, folder = make_weights(tmp_path, 2), tmp_path / "export"
+def test_what_vllm_needs_costs_little_and_comes_back(convert, tmp_path, release, encoder, activation):
+    """An activation that it knows, and no norm after the encoder's layers, which it leaves out."""
+    weights, folder = make_weights(tmp_path, release, encoder), tmp_path / "export"
 
     options = ["--format", "llava", "--projector_act", "tanh"]
     assert convert("--weight", weights, "--out", folder, *options) == (0, "")
 
     ours, processor = load_vlm(str(weights))
     theirs, their_processor = load(folder, "llava")
-    assert theirs.config.projector_hidden_act == "tanh"
+    assert theirs.config.projector_hidden_act == activation
+    theirs.model.vision_tower.post_layernorm = torch.nn.Identity()
     messages = chat(PICTURES, "What?")
     expected = ours(**processor.apply_chat_template(messages, **TEMPLATE)).logits
-    found = theirs(**their_processor.apply_chat_template(messages, **TEMPLATE)).logits[..., :-1]
+    found = theirs(**their_processor.apply_chat_template(messages, **TEMPLATE)).logits[
+        ..., : expected.shape[-1]
+    ]
     assert 0 < (found - expected).abs().max() < 3e-4
     assert convert("--to_torch", folder, "--out", tmp_path / "back.pth")[0] == 0
     assert_same(weights, tmp_path / "back.pth")
@@ -271,7 +279,7 @@ def test_a_killed_export_leaves_what_was_there(convert, tmp_path, moment, target
 
 
 REFUSED = {
-    "mlp with CLIP": (2, "llava", {"projector": "mlp"}, "projector is 'mlp', which needs SigLIP's encoder"),
+    "mlp with CLIP": (2, "llava", {"projector": "mlp"}, "clip_vision_model, 64 wide and 128 within"),
     "dinov2": (2, "llava", {"encoder": "dinov2"}, "the encoder is dinov2, expected one of clip_vision_model"),
     "linear": (2, "internvl", {}, "projector is 'linear': InternVL's is an MLP, see --format llava"),
     "pixel shuffle": (2, "llava", {"pixel_shuffle": 2}, "pixel_shuffle is 2: LLaVA has no such step"),
