@@ -15,6 +15,8 @@ from pathlib import Path
 import httpx
 from openai import OpenAI
 
+from common.cli import UserError
+
 TRANSFORMERS = [sys.executable, "-m", "transformers.cli.transformers", "serve"]
 PATIENCE = 300  # seconds: vLLM on two busy cores takes more than a minute
 GRACE = 20
@@ -24,8 +26,8 @@ GRACE = 20
 def serving(command: Sequence[str | Path], log: Path, **env: str) -> Iterator[OpenAI]:
     """A client of the server that `command --host H --port P` starts; its output goes to `log`.
 
-    RuntimeError, with the last lines of `log`, if it ends or is not up within PATIENCE seconds. However the
-    block ends, the server and its processes do too.
+    UserError, with the last line of `log`, if it ends or is not up within PATIENCE seconds. However the block
+    ends, the server and its processes do too.
     """
     port = free_port()
     command = [*map(str, command), "--host", "127.0.0.1", "--port", str(port)]
@@ -34,7 +36,7 @@ def serving(command: Sequence[str | Path], log: Path, **env: str) -> Iterator[Op
             command, stdout=output, stderr=output, env={**os.environ, **env}, start_new_session=True
         )
     try:
-        wait_until_up(process, f"http://127.0.0.1:{port}/health", log)
+        wait_until_up(process, port, log)
         yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=PATIENCE)
     finally:
         stop(process)
@@ -46,16 +48,16 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def wait_until_up(process: subprocess.Popen, url: str, log: Path) -> None:
-    end = time.monotonic() + PATIENCE
+def wait_until_up(process: subprocess.Popen, port: int, log: Path) -> None:
+    url, end = f"http://127.0.0.1:{port}/health", time.monotonic() + PATIENCE
     while process.poll() is None and time.monotonic() < end:
         with contextlib.suppress(httpx.TransportError):
-            if httpx.get(url, trust_env=False).is_success:
+            if httpx.get(url).is_success:
                 return
         time.sleep(0.2)
+    last = "".join(log.read_text(errors="replace").strip().splitlines()[-1:])
     state = "does not answer" if process.poll() is None else f"ended with exit code {process.returncode}"
-    last = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
-    raise RuntimeError(f"the server {state}: {' '.join(process.args)}\n{last}")
+    raise UserError(f"{' '.join(process.args)}: {state}, see {log}: {last}")
 
 
 def stop(process: subprocess.Popen) -> None:

@@ -15,6 +15,7 @@ from conftest import COLOURS, GOLDEN, start
 from PIL import Image
 from release3 import make_tokenizer
 
+from common.cli import UserError
 from common.setup import build_vlm
 from common.tokenizer import load_tokenizer
 from common.weights import describe, half_state, save_weights
@@ -139,7 +140,7 @@ def test_what_is_no_picture_is_an_error_and_the_next_question_is_answered(served
 def test_a_server_that_cannot_start_is_told_with_its_last_words(tmp_path):
     command = [sys.executable, "-c", "raise SystemExit('no such model')"]
     with (
-        pytest.raises(RuntimeError, match=r"the server ended with exit code 1: (.|\n)*\nno such model$"),
+        pytest.raises(UserError, match=r"ended with exit code 1, see .*log: no such model$"),
         serving(command, tmp_path / "log"),
     ):
         pass
