@@ -29,9 +29,9 @@ TEMPLATE = Path(__file__).with_name("gguf.jinja")
 RESAMPLING = {"mlp": Image.Resampling.BICUBIC, "phi4": Image.Resampling.BILINEAR}  # by projector
 SCALE = 2.0**10  # gelu(s x) / s - gelu(-s x) / s is x
 CLASS_TOKEN = (
-    "warning: llama.cpp puts this encoder's class token last (its issue 25814): the demo has 31 of 60"
+    "warning: llama.cpp puts this encoder's class token last and loses its first patch (its issue 25814):"
 )
-CLASS_TOKEN += " questions right there instead of 43; docs/interoperability.md has the one-line fix"
+CLASS_TOKEN += " 372 of 400 answers of the demo are equal; docs/interoperability.md has the one-line fix"
 Content = tuple[dict[str, Any], State]  # a file's keys, and tensors: those in fp16 may be stored in less
 
 
@@ -73,13 +73,13 @@ def contents(source: Source, quantization: str) -> dict[str, Content]:
     return {f"model-{quantization}.gguf": language_model(source), "mmproj-f16.gguf": vision_model(source)}
 
 
-def single(value: Any) -> Any:
-    """Floats as fp32 has them."""
-    return float(np.float32(value)) if isinstance(value, float) else value
-
-
 def named(part: str, config: Any) -> dict[str, Any]:
+    """A config's fields under llama.cpp's names, floats as fp32 has them."""
     return {theirs: single(getattr(config, ours)) for theirs, ours in NAMES[part].items()}
+
+
+def single(value: Any) -> Any:
+    return np.float32(value).tolist() if isinstance(value, float | list | tuple) else value
 
 
 def language_model(source: Source) -> Content:
@@ -121,21 +121,18 @@ def language_model(source: Source) -> Content:
 
 
 def tokenizer_keys(source: Source) -> dict[str, Any]:
-    size, tokenizer = source.model.config.vocab_size, source.processor.tokenizer
+    tokenizer = source.processor.tokenizer
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
     cut = parts["pre_tokenizer"] or {}
     cut = cut.get("pretokenizers", [cut])[0]
     cut = cut["pattern"].get("Regex") if "pattern" in cut else cut.get("type")
     if parts["model"]["type"] != "BPE" or cut not in NAMES["pre_tokenizer"]:
         raise ValueError(f"the tokenizer cuts text by {cut!r}, which llama.cpp has no name for")
-    tokens = {i: (token, TokenType.NORMAL) for token, i in tokenizer.get_vocab().items()}
-    kinds = {True: TokenType.CONTROL, False: TokenType.USER_DEFINED}
+    tokens = {i: (token, int(TokenType.NORMAL)) for token, i in tokenizer.get_vocab().items()}
+    kinds = {True: int(TokenType.CONTROL), False: int(TokenType.USER_DEFINED)}
     tokens |= {it["id"]: (it["content"], kinds[it["special"]]) for it in parts["added_tokens"]}
-    if max(tokens) >= size:
-        raise ValueError(f"vocab_size is {size}, but the tokenizer has {max(tokens) + 1} tokens")
-    rows = [tokens.get(i, (f"[unused {i}]", TokenType.UNUSED)) for i in range(size)]
     fields = {"model": "gpt2", "pre": NAMES["pre_tokenizer"][cut], "add_bos_token": False}
-    fields |= {"tokens": [token for token, _ in rows], "token_type": [int(kind) for _, kind in rows]}
+    fields["tokens"], fields["token_type"] = map(list, zip(*(tokens[i] for i in sorted(tokens)), strict=True))
     fields["merges"] = [it if isinstance(it, str) else " ".join(it) for it in parts["model"]["merges"]]
     fields |= {name: i for name, i in named("tokenizer", tokenizer).items() if i is not None}
     template = TEMPLATE.read_text(encoding="utf-8").replace("TEMPLATE", source.processor.chat_template)
@@ -150,10 +147,8 @@ def vision_model(source: Source) -> Content:
     if (r := model.config.pixel_shuffle) != 1:
         raise ValueError(f"pixel_shuffle is {r}: llama.cpp's projectors have no such step alone")
     if act not in NAMES["use_gelu"] or vision.intermediate_size == vision.hidden_size:
-        has = f"hidden_act {act!r} and intermediate_size {vision.intermediate_size}"
-        raise ValueError(
-            f"the encoder has {has}: llama.cpp has no such activation, or swaps its equal layers"
-        )
+        sizes = f"intermediate_size {vision.intermediate_size}, hidden_size {vision.hidden_size}"
+        raise ValueError(f"the encoder's hidden_act is {act!r}, {sizes}: llama.cpp has no such encoder")
     encoder, is_clip = model.vision_encoder.state_dict(), vision.model_type.startswith("clip")
     if model.config.projector == "mlp":
         norm, first, _, second = model.vision_proj.mlp
@@ -168,29 +163,31 @@ def vision_model(source: Source) -> Content:
     for key, value in encoder.items():
         if key.startswith(("head.", "post_layernorm.")[: 1 + is_clip]):  # what pools
             continue
+        if is_clip and "position" in key:
+            value = value.roll(-1, 0)  # the class token is the first here, the last there
         # Where LARGE passes, fp16 would overflow: llama.cpp rounds what it multiplies as the weights are.
         is_exact = value.dim() == 1 or "position" in key or value.abs().max() >= LARGE**0.5
         name = names.get_name(f"vision_tower.vision_model.{key}", (".weight", ".bias"))
         tensors[name] = value.float() if is_exact else value.half()
-    fields = named("encoder", vision) | {"projection_dim": model.config.hidden_size}
+    fields = named("encoder", vision) | named("image_processor", source.processor.image_processor)
     fields["feature_layer"] = [vision.num_hidden_layers]  # `mlp` would stop one before the last
-    # What `phi4` makes of a square is image_size wide.
+    # `phi4` takes pictures of any size: this makes a square one of image_size.
     fields |= {"image_min_pixels": (size - half) ** 2, "image_max_pixels": (size + half) ** 2}
-    for name in ("image_mean", "image_std"):
-        fields[name] = [single(float(number)) for number in getattr(source.processor.image_processor, name)]
+    fields["projection_dim"] = model.config.hidden_size
     keys = {"general.architecture": "clip", "general.name": "MiniMind-V", "clip.has_vision_encoder": True}
-    keys |= {"clip.projector_type": projector_type(source, size), "clip.use_gelu": NAMES["use_gelu"][act]}
+    keys |= {"clip.projector_type": projector_type(source, is_clip), "clip.use_gelu": NAMES["use_gelu"][act]}
     return keys | {f"clip.vision.{name}": value for name, value in fields.items()}, tensors
 
 
-def projector_type(source: Source, size: int) -> str:
-    """The projector that prepares squares as the image processor does. ValueError if there is none."""
+def projector_type(source: Source, is_clip: bool) -> str:
+    """The projector that prepares a square as the image processor does. ValueError if there is none."""
+    size, settings = source.model.config.vision_config.image_size, source.processor.image_processor
     square = Image.effect_noise((2 * size - 3,) * 2, 64).convert("RGB")
-    settings = source.processor.image_processor
     found = source.processor.pixel_values([square])[0].permute(1, 2, 0).numpy()  # (S, S, 3)
-    for projector, resampling in RESAMPLING.items():
-        pixels = np.asarray(square.resize((size, size), resampling)) / 255
-        is_known = projector == "mlp" or not source.model.config.vision_config.model_type.startswith("clip")
-        if is_known and np.allclose(found, (pixels - settings.image_mean) / settings.image_std, atol=1e-4):
+    found = (found * settings.image_std + settings.image_mean) * 255
+    for projector, resampling in list(RESAMPLING.items())[: 1 if is_clip else 2]:
+        if np.allclose(found, square.resize((size, size), resampling), rtol=0, atol=0.01):
             return projector
-    raise ValueError(f"preprocessing a square is more than llama.cpp's resize to {size} pixels")
+    raise ValueError(
+        f"the image processor does more to a square than resize it to {size} pixels, as llama.cpp"
+    )
