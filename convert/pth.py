@@ -95,9 +95,13 @@ def load_state(folder: Path, model_class: type, config: PreTrainedConfig) -> Sta
     """The state dict of the library's own class in fp32. ValueError for missing or damaged weights."""
     try:
         options = dict(config=config, local_files_only=True, output_loading_info=True)
+        options |= dict(ignore_mismatched_sizes=True)  # they are told below
         model, report = model_class.from_pretrained(folder, dtype=torch.float32, **options)
     except (RuntimeError, SafetensorError) as error:
         raise ValueError(str(error)) from error
+    if wrong := report["mismatched_keys"]:
+        key, found, expected = min(wrong)
+        raise ValueError(f"{key} has shape {tuple(found)}, but its config says {tuple(expected)}")
     if missing := report["missing_keys"]:  # the library would go on with random weights
         raise ValueError(f"{len(missing)} weights are missing, {min(missing)} among them")
     return model.state_dict()

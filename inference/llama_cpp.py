@@ -86,14 +86,15 @@ def rated(
     picture: Image.Image | None,
     question: str,
 ) -> Answer:
-    tokens, first = reply["tokens"], reply["completion_probabilities"][0]
+    tokens = reply["tokens"] or [processor.tokenizer.eos_token_id]  # it ended at once
+    first = (reply.get("completion_probabilities") or [{}])[0]  # none where no character is whole
     pictures = [picture] if picture else []
     prompt = processor.encode_prompt([{"role": "user", "content": question}], len(pictures))
     inputs = processor.batch([prompt + tokens[:-1]], [pictures])
     logits = model(**inputs, logits_to_keep=len(tokens)).logits[0]  # (T, V)
     chosen = logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]  # (T,)
     lead, gap = (logits.max(-1).values - chosen).max().item(), None
-    if first["id"] == tokens[0]:
+    if first.get("id") == tokens[0]:
         likely = {token["id"]: token["logprob"] for token in first["top_logprobs"]}
         gap = max(abs(logits[0].log_softmax(-1)[i].item() - value) for i, value in likely.items())
     return Answer(tokens, lead, gap)

@@ -383,6 +383,18 @@ def test_a_projection_that_learnt_another_way_is_refused(convert, tmp_path):
     assert (code, "projector_hidden_act 'tanh' between two layers" in line) == (1, True)
 
 
+def test_weights_that_do_not_fit_the_config_are_named(convert, tmp_path):
+    weights, folder = make_weights(tmp_path, 2), tmp_path / "export"
+    assert convert("--weight", weights, "--out", folder, "--format", "llama") == (0, "")
+    config = json.loads((folder / "config.json").read_text()) | {"intermediate_size": 100}
+    (folder / "config.json").write_text(json.dumps(config))
+
+    code, line = convert("--to_torch", folder, "--out", tmp_path / "back.pth")
+
+    key, shapes = "model.layers.0.mlp.down_proj.weight", "(64, 192), but its config says (64, 100)"
+    assert (code, line) == (1, f"error: {folder}: {key} has shape {shapes}")
+
+
 def test_features_of_another_layer_are_refused(convert, tmp_path):
     """As LLaVA 1.5 has them."""
     weights, folder = make_weights(tmp_path, 2), tmp_path / "export"
