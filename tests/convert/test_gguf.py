@@ -387,7 +387,7 @@ CHANGES = {
     "larger_crop": (
         {"encoder": CLIP},
         of_another_size,
-        "the image processor does more to a square than resize",
+        "the image processor does more to a square than llama.cpp's",
     ),
     "marks_of_words": (
         {"tokenizer": "base"},
