@@ -65,7 +65,14 @@ def readme_commands() -> list[list[str]]:
     start = lines.index("python scripts/download.py encoder lm dataset --part sft")
     end = max(i for i, line in enumerate(lines) if line.startswith("python convert_to_hf.py --weight"))
     commands = [shlex.split(line) for line in lines[start : end + 1] if line.startswith("python ")]
-    left_out = ("--release", "web_demo.py", "--data_dir", "out/demo/sft_vlm_128.pth", "out/lm_512.pth")
+    left_out = (
+        "--release",
+        "web_demo.py",
+        "--push_to_hub",
+        "--data_dir",
+        "out/demo/sft_vlm_128.pth",
+        "out/lm_512.pth",
+    )
     return [command[1:] for command in commands if not {*left_out} & {*command}]
 
 
