@@ -58,6 +58,9 @@ CASES = {  # release, target, largest difference of a logit, config
     "qwen3_moe": (3, "llama", 1e-5, MOE),
 }
 
+SLOW = "untied one_head two_shared no_shared release_3_mixture head_dim_internvl 16_tokens_internvl".split()
+VARIANTS = [pytest.param(*CASES[name], id=name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES]
+
 
 def make_weights(folder: Path, release: int, encoder: Path | str | None = None, **config) -> Path:
     """A random model, loud enough for every weight to matter, and its tokenizer's folder beside it."""
@@ -112,7 +115,7 @@ def chat(pictures: list, text: str) -> list[dict]:
 TEMPLATE = dict(tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True)
 
 
-@pytest.mark.parametrize(("release", "target", "bound", "config"), CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize(("release", "target", "bound", "config"), VARIANTS)
 @torch.no_grad()
 def test_an_export_answers_as_its_source_and_comes_back(convert, tmp_path, release, target, bound, config):
     weights = make_weights(tmp_path, release, **config)
@@ -258,7 +261,7 @@ def test_the_added_token_is_never_written(convert, tmp_path):
 
 
 @pytest.mark.parametrize("moment", ["config.json", "model.safetensors", "README.md"])
-@pytest.mark.parametrize("target", ["minimind", "llava"])
+@pytest.mark.parametrize("target", ["llava", pytest.param("minimind", marks=pytest.mark.slow)])
 def test_a_killed_export_leaves_what_was_there(convert, tmp_path, moment, target):
     weights, out = make_weights(tmp_path, 2), tmp_path / "export"
     assert convert("--weight", weights, "--out", out, "--format", target) == (0, "")

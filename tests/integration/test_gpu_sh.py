@@ -64,6 +64,7 @@ def test_tests_that_take_too_long_are_told_as_far_as_they_came(tmp_path):
     assert re.fullmatch(r"not through in \d+ s", found["error"]) and found["failed"] == []
 
 
+@pytest.mark.slow
 def test_single_parts_and_the_end_of_the_time(tmp_path):
     done = ask(tmp_path, "--parts", "about", "peak", "--minutes", "1")
     assert done.returncode == 0, done.stderr

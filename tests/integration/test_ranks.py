@@ -76,6 +76,7 @@ def test_a_hanging_rank_is_given_up_and_started_again(data, tmp_path):
     assert [step for step, *_ in figures(out)] == [*range(1, 81)]
 
 
+@pytest.mark.slow
 def test_an_exception_on_one_rank_ends_all_and_is_shown_once(data, tmp_path, run):
     start = time.monotonic()
     command = long_run(data, tmp_path / "out", "--timeout_seconds", 20)[1:]
@@ -85,6 +86,7 @@ def test_an_exception_on_one_rank_ends_all_and_is_shown_once(data, tmp_path, run
     assert time.monotonic() - start < 100
 
 
+@pytest.mark.slow
 def test_torchrun_passes_sigterm_on_and_sigusr1_goes_to_the_workers(data, tmp_path):
     out = tmp_path / "out"
     saves = out / "runs" / NAME / "checkpoints"
@@ -137,13 +139,8 @@ def two_hosts(commands: list[list]) -> list[tuple[int, str]]:
     return [rank.end() for rank in ranks]
 
 
-@pytest.mark.parametrize(
-    "what",
-    [
-        "rows",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("checkpoint", "named checkpoint", "base")),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["rows", "checkpoint", "named checkpoint", "base"])
 def test_ranks_that_see_other_files_end_in_one_line(data, tmp_path, run, what):
     here, there = tmp_path / "here", tmp_path / "there"
     command = pretrain(data, here, "--batch_size", 2, "--epochs", 1)

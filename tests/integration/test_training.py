@@ -112,7 +112,8 @@ def test_a_large_seed_is_a_seed(data, tmp_path, run):
     assert len(records(tmp_path / "out", "pretrain_vlm_64")) == 1
 
 
-@pytest.mark.parametrize("kind", ["dense", pytest.param("moe", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_two_ranks_have_the_gradient_of_one(data, tmp_path, run, kind):
     worker = "tests/integration/gradient_worker.py"
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]

@@ -268,6 +268,7 @@ def test_too_large_a_file_is_told_and_not_sent(world, page, tmp_path):
     expect(answers(page)).to_have_text(["It is green."])
 
 
+@pytest.mark.slow
 def test_a_full_queue_is_told(world, site, browser):
     port = free_port()
     process = start(site, port, "--max_queue", "1")
