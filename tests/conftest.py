@@ -29,6 +29,7 @@ from transformers import (
     Dinov2WithRegistersModel,
 )
 
+from common.cli import run_main
 from common.setup import build_vlm
 from common.weights import describe, half_state, save_weights, translated
 from dataset.collate import collate
@@ -267,6 +268,21 @@ def run() -> Callable[..., subprocess.CompletedProcess]:
         if expect is not None and process.returncode != expect:
             pytest.fail(f"exit code {process.returncode}, expected {expect}\n{stdout}\n{stderr}")
         return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+    return run
+
+
+@pytest.fixture
+def convert(monkeypatch, capsys) -> Callable[..., tuple[int, str]]:
+    """Runs convert_to_hf.py in this process: (exit code, last line of stderr)."""
+    import convert_to_hf  # needs more packages than the tests for a GPU have
+
+    def run(*arguments) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["convert_to_hf.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            run_main(convert_to_hf.main)
+        lines = capsys.readouterr().err.strip().splitlines()
+        return end.value.code or 0, lines[-1] if lines else ""
 
     return run
 

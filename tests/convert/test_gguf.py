@@ -3,7 +3,6 @@
 That llama.cpp answers from them as the source does is a matter of scripts/interop/check_llama_cpp.py.
 """
 
-import sys
 from pathlib import Path
 
 import gguf
@@ -15,8 +14,6 @@ from language_models import write_tokenizer
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer, SiglipVisionConfig, SiglipVisionModel
 
-import convert_to_hf
-from common.cli import run_main
 from common.setup import build_vlm
 from common.tokenizer import load_tokenizer
 from common.weights import describe, half_state, save_weights, translated
@@ -300,20 +297,6 @@ def test_clips_positions_follow_its_class_token_to_the_end(tmp_path):
 
 
 # --- the entry point
-
-
-@pytest.fixture
-def convert(monkeypatch, capsys):
-    """Runs the entry point in this process: (exit code, last line of stderr)."""
-
-    def run(*arguments) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["convert_to_hf.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            run_main(convert_to_hf.main)
-        lines = capsys.readouterr().err.strip().splitlines()
-        return end.value.code or 0, lines[-1] if lines else ""
-
-    return run
 
 
 def save(source: Source, folder: Path, encoder: Path) -> Path:

@@ -1,7 +1,6 @@
 """Targets in the library's own architectures: what they answer, and that they come back as they were."""
 
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -19,8 +18,6 @@ from transformers import (
     InternVLForConditionalGeneration,
 )
 
-import convert_to_hf
-from common.cli import run_main
 from common.setup import build_vlm
 from common.tokenizer import load_tokenizer
 from common.weights import describe, half_state, save_weights, translated
@@ -80,20 +77,6 @@ def make_weights(folder: Path, release: int, encoder: Path | str | None = None, 
     arguments = {"vision_model_path": str(encoder)}
     save_weights(path, half_state(model.state_dict()), describe(model, tokenizer, "sft_vlm", 7, arguments))
     return path
-
-
-@pytest.fixture
-def convert(monkeypatch, capsys):
-    """Runs the entry point in this process: (exit code, last line of stderr)."""
-
-    def run(*arguments) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["convert_to_hf.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            run_main(convert_to_hf.main)
-        lines = capsys.readouterr().err.strip().splitlines()
-        return end.value.code or 0, lines[-1] if lines else ""
-
-    return run
 
 
 def load(folder: Path, target: str) -> tuple:

@@ -18,8 +18,6 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, CompileConfig
 
-import convert_to_hf
-from common.cli import run_main
 from common.setup import build_vlm
 from common.tokenizer import load_tokenizer
 from common.weights import describe, half_state, save_weights
@@ -163,20 +161,6 @@ def run_script(*arguments, **options) -> subprocess.CompletedProcess:
 def environment(**more: str) -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "PYTHON"))}
     return kept | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | more
-
-
-@pytest.fixture
-def convert(monkeypatch, capsys):
-    """Runs the entry point in this process: (exit code, last line of stderr)."""
-
-    def run(*arguments) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["convert_to_hf.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            run_main(convert_to_hf.main)
-        lines = capsys.readouterr().err.strip().splitlines()
-        return end.value.code or 0, lines[-1] if lines else ""
-
-    return run
 
 
 def files(folder: Path) -> dict[str, bytes]:
