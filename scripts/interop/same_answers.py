@@ -30,8 +30,7 @@ VLLM = "-m vllm.entrypoints.openai.api_server --dtype float32 --enforce-eager --
 VLLM += ["--gpu-memory-utilization", "0.1"]
 
 UNFINISHED = "\ufffd"  # a character that the last token begins: vLLM leaves it out
-Question = dict[str, Any]  # a row of the report, and `max_tokens`
-Answers = Iterator[str]
+Row = dict[str, Any]  # of the report: a question, its pictures and both answers
 
 
 @dataclass
@@ -55,54 +54,59 @@ class AskFlags:
 def main() -> int:
     flags = parse_flags(AskFlags, __doc__)
     transformers_logging.disable_progress_bar()
-    logs = Path(flags.logs)
+    logs, rows = Path(flags.logs), read_report(Path(flags.report))
     logs.mkdir(parents=True, exist_ok=True)
     print(f"| tool | folder | questions | same answers | right |\n{'| --- ' * 5}|", flush=True)
-    is_same = [report("transformers", folder, flags, ask_here) for folder in map(Path, flags.transformers)]
+    is_same = [report("transformers", folder, rows, ask_here) for folder in map(Path, flags.transformers)]
     for folder in map(Path, flags.serve):
         trust = ["--trust-remote-code"] if (folder / "model_vlm.py").exists() else []
         command = [*TRANSFORMERS, folder, "--device", "cpu", *trust]
-        is_same += report_server("transformers serve", command, folder, flags)
+        is_same += report_server("transformers serve", command, folder, rows, logs)
     for folder in map(Path, flags.vllm):
         command = [flags.vllm_python, *VLLM, "--model", folder]
-        is_same += report_server("vLLM", command, folder, flags)
+        is_same += report_server("vLLM", command, folder, rows, logs)
     return 0 if all(is_same) else 1
 
 
-def report_server(tool: str, command: list[str | Path], folder: Path, flags: AskFlags) -> list[bool]:
-    log = Path(flags.logs, f"{tool.split()[-1]}.log")
-    home = {"HF_HUB_OFFLINE": "1", "HF_HOME": os.fspath(log.parent / "hf")}
+def report_server(
+    tool: str, command: list[str | Path], folder: Path, rows: list[Row], logs: Path
+) -> list[bool]:
+    log = logs / f"{tool.split()[-1]}.log"
+    home = {"HF_HUB_OFFLINE": "1", "HF_HOME": os.fspath(logs / "hf")}
     with user_errors(tool), serving(command, log, **home) as client:
         return [
-            report(f"{tool}{how}", folder, flags, partial(ask_server, client, stream=bool(how)))
+            report(f"{tool}{how}", folder, rows, partial(ask_server, client, stream=bool(how)))
             for how in ("", ", streamed")
         ]
 
 
 def report(
-    tool: str, folder: Path, flags: AskFlags, answers_of: Callable[[Path, list[Question]], Answers]
+    tool: str, folder: Path, rows: list[Row], answers_of: Callable[[Path, list[Row]], Iterator[str]]
 ) -> bool:
-    """Prints a row of the table, and after it the answers that differ, if any."""
-    questions = read_questions(Path(flags.report), folder)
-    answers = [answer.strip().rstrip(UNFINISHED) for answer in answers_of(folder, questions)]
-    pairs = list(zip(questions, answers, strict=True))
+    """Prints a line of the table, and after it the answers that differ, if any."""
+    rows = with_limits(rows, folder)
+    answers = [answer.strip().rstrip(UNFINISHED) for answer in answers_of(folder, rows)]
+    pairs = list(zip(rows, answers, strict=True))
     differing = [pair for pair in pairs if pair[1] != pair[0]["answer"].rstrip(UNFINISHED)]
-    right = sum(answer == question["expected"] for question, answer in pairs)
-    cells = tool, folder, len(questions), len(questions) - len(differing), right
+    right = sum(answer == row["expected"] for row, answer in pairs)
+    cells = tool, folder, len(rows), len(rows) - len(differing), right
     print(f"| {' | '.join(map(str, cells))} |", flush=True)
-    for question, answer in differing:
-        print(f"{question['where']}: {question['question']} {answer!r}, ours: {question['answer']!r}")
+    for row, answer in differing:
+        print(f"{row['where']}: {row['question']} {answer!r}, ours: {row['answer']!r}")
     return not differing
 
 
-def read_questions(path: Path, folder: Path) -> list[Question]:
-    """The report's rows; an answer may have as many tokens as it had there."""
+def read_report(path: Path) -> list[Row]:
     with user_errors(f"--report {path}"):
-        rows = json.loads(path.read_text(encoding="utf-8")).get("questions")
-    if not rows:
-        raise UserError(
-            f"--report {path} has no questions: expected the JSON of eval_vlm.py --score --report"
-        )
+        report = json.loads(path.read_text(encoding="utf-8"))
+    if not (isinstance(report, dict) and report.get("questions")):
+        expected = "expected the JSON of eval_vlm.py --score --report"
+        raise UserError(f"--report {path} has no questions: {expected}")
+    return report["questions"]
+
+
+def with_limits(rows: list[Row], folder: Path) -> list[Row]:
+    """The rows with `max_tokens`, which an answer had in the report."""
     with user_errors(str(folder)):
         encode = load_tokenizer(str(folder)).encode
     limits = (len(encode(row["expected"], add_special_tokens=False)) + SPARE_TOKENS for row in rows)
@@ -110,12 +114,12 @@ def read_questions(path: Path, folder: Path) -> list[Question]:
 
 
 @torch.no_grad()
-def ask_here(folder: Path, questions: list[Question]) -> Answers:
+def ask_here(folder: Path, rows: list[Row]) -> Iterator[str]:
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(folder)
-    for question in questions:
-        parts = [{"type": "image", "path": path} for path in question["images"]]
-        content = [*parts, {"type": "text", "text": question["question"]}]
+    for row in rows:
+        parts = [{"type": "image", "path": path} for path in row["images"]]
+        content = [*parts, {"type": "text", "text": row["question"]}]
         inputs = processor.apply_chat_template(
             [{"role": "user", "content": content}],
             tokenize=True,
@@ -123,19 +127,17 @@ def ask_here(folder: Path, questions: list[Question]) -> Answers:
             add_generation_prompt=True,
             return_tensors="pt",
         )
-        output = model.generate(
-            **inputs, do_sample=False, max_new_tokens=question["max_tokens"]
-        )  # (1, T + new)
+        output = model.generate(**inputs, do_sample=False, max_new_tokens=row["max_tokens"])  # (1, T + new)
         yield processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def ask_server(client: OpenAI, folder: Path, questions: list[Question], stream: bool) -> Answers:
-    for question in questions:
-        text, limit = question["question"], question["max_tokens"]
+def ask_server(client: OpenAI, folder: Path, rows: list[Row], stream: bool) -> Iterator[str]:
+    for row in rows:
+        text, limit = row["question"], row["max_tokens"]
         try:
-            yield ask(client, folder, text, question["images"], limit, stream)
+            yield ask(client, folder, text, row["images"], limit, stream)
         except OpenAIError as error:
-            raise UserError(f"{folder}: {question['where']}: {error}") from error
+            raise UserError(f"{folder}: {row['where']}: {error}") from error
 
 
 if __name__ == "__main__":

@@ -1,17 +1,21 @@
 """`transformers serve` on exported folders, asked by the official client: the answers are our own."""
 
 import base64
+import json
+import shutil
+import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import openai
 import pytest
 import torch
-from conftest import COLOURS, GOLDEN, start
+from conftest import COLOURS, GOLDEN, ROOT, start, write_rows
 from PIL import Image
 from release3 import make_tokenizer
 
@@ -75,15 +79,27 @@ def release_3(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def export(tmp_path_factory) -> Callable[[Path, str], Path]:
+    """The folder of a `.pth` in a format, made once, as users make it."""
+
+    @cache
+    def export(weight: Path, kind: str) -> Path:
+        folder = tmp_path_factory.mktemp("export") / kind
+        process = start(["convert_to_hf.py", "--weight", weight, "--format", kind, "--out", folder])
+        _, printed = process.communicate(timeout=200)
+        assert process.returncode == 0, printed
+        return folder
+
+    return export
+
+
 @pytest.fixture(scope="module", params=["minimind", "llava", "llava of release 3"])
-def served(request, tmp_path_factory) -> Iterator[Served]:
-    """As a user exports and serves a folder; nothing is read or written in the user's own cache."""
+def served(request, export) -> Iterator[Served]:
+    """Nothing is read or written in the user's own cache."""
     kind = request.param.split()[0]
     weight = request.getfixturevalue("release_3" if "release" in request.param else "weight")
-    folder = tmp_path_factory.mktemp("served") / kind
-    export = start(["convert_to_hf.py", "--weight", weight, "--format", kind, "--out", folder])
-    _, printed = export.communicate(timeout=200)
-    assert export.returncode == 0, printed
+    folder = export(weight, kind)
     trust = ["--trust-remote-code"] if kind == "minimind" else []
     command = [*TRANSFORMERS, folder, "--device", "cpu", *trust]
     log, home = folder.parent / "server.log", str(folder.parent / "hf_home")
@@ -171,3 +187,68 @@ def test_nothing_of_a_server_is_left_whatever_happens(tmp_path):
     while worker.exists() and worker.read_text().split()[2] != "Z" and time.monotonic() < end:
         time.sleep(0.05)  # it dies a little later than the signal is sent
     assert not worker.exists() or worker.read_text().split()[2] == "Z"
+
+
+# --- scripts/test_interop.sh: its parts that need nothing but what is installed anyway
+
+
+@pytest.fixture(scope="module")
+def report(weight, world, tmp_path_factory) -> Path:
+    """Of our own answers to first questions."""
+    folder = tmp_path_factory.mktemp("report")
+    rows = [json.loads(line) for line in (world / "eval.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [row | {"conversations": row["conversations"][:2]} for row in rows]
+    questions = write_rows(folder / "questions.jsonl", rows)
+    asked = ["--data_path", questions, "--images_path", world / "images", "--device", "cpu"]
+    asked += ["--score", "--no_blank_baseline", "--report", folder / "report.json"]
+    process = start(["eval_vlm.py", "--weight", weight, *asked])
+    _, printed = process.communicate(timeout=200)
+    assert process.returncode == 0, printed
+    return folder / "report.json"
+
+
+def test_equal_answers_are_counted_and_others_told(weight, export, report, run, tmp_path):
+    folder, other = export(weight, "llava"), tmp_path / "other.json"
+    changed = json.loads(report.read_text(encoding="utf-8"))
+    changed["questions"][1]["answer"] = "It is grey."
+    other.write_text(json.dumps(changed), encoding="utf-8")
+
+    asked = ["scripts/interop/same_answers.py", "--transformers", folder, "--logs", tmp_path, "--report"]
+    same, differing = run(*asked, report), run(*asked, other, expect=1)
+
+    cells = f"| transformers | {folder} | 7 |"
+    assert same.stdout.splitlines()[2:] == [f"{cells} 7 | 7 |"]
+    told = "questions.jsonl:2: What colour is this? 'It is green.', ours: 'It is grey.'"
+    assert differing.stdout.splitlines()[2:] == [f"{cells} 6 | 7 |", told]
+
+
+BAD = {
+    "nobody": (2, "nobody to ask: give --transformers, --serve or --vllm", ["--report", "{report}"]),
+    "no report": (2, "--report is missing", ["--serve", "{tmp}"]),
+    "not a report": (1, "has no questions", ["--serve", "{tmp}", "--report", "{tmp}/empty.json"]),
+    "no vLLM": (1, "'no/python'", ["--vllm", "{tmp}", "--vllm_python", "no/python", "--report", "{report}"]),
+}
+
+
+@pytest.mark.parametrize(("code", "message", "flags"), BAD.values(), ids=BAD.keys())
+def test_what_cannot_be_asked_is_one_line(report, run, tmp_path, code, message, flags):
+    (tmp_path / "empty.json").write_text("[]")
+    flags = [flag.format(tmp=tmp_path, report=report) for flag in flags]
+
+    told = run("scripts/interop/same_answers.py", *flags, "--logs", tmp_path, expect=code).stderr
+
+    assert "error: " in told and message in told and "Traceback" not in told
+
+
+def test_without_the_trained_demo_nothing_is_installed(tmp_path):
+    for name in ("test_interop.sh", "install.sh"):
+        (tmp_path / "scripts").mkdir(exist_ok=True)
+        shutil.copy(ROOT / "scripts" / name, tmp_path / "scripts")
+    shutil.copy(ROOT / "constraints.txt", tmp_path)
+
+    command = ["bash", tmp_path / "scripts/test_interop.sh"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+    expected = "error: no out/demo/sft_vlm_128.pth: bash scripts/quickstart.sh trains it\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", expected)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["constraints.txt", "scripts"]
