@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What other tools make of exported folders: bash scripts/test_interop.sh [FOLDER]
-# Asks transformers, PEFT, llama.cpp and vLLM's CPU build, and compares with our own answers. Needs the trained demo
+# Asks transformers, PEFT, bitsandbytes, llama.cpp and vLLM's CPU build, and compares with our own answers. Needs the trained demo
 # (bash scripts/quickstart.sh). Tools go into environments of their own in FOLDER, out/interop if not given: 4 GB.
 # It stops at the first step that fails.
 set -euo pipefail
@@ -8,6 +8,7 @@ cd "$(dirname "$0")/.."
 source scripts/install.sh
 
 peft=0.21.2
+bitsandbytes=0.50.2
 xllamacpp=2026.10.11549
 vllm=0.32.0
 torch=$(sed -n 's/^torch==//p' constraints.txt)
@@ -89,6 +90,10 @@ step "PEFT: back to a .pth" $convert --to_torch "$out/merged" --out "$out/back/s
 step "PEFT: our own answers" score "$out/back/sft_vlm_128.pth" "$out/merged.json" \
     --vision_model_path model/vision_model/demo-encoder
 step "PEFT: the merged model's answers" $same --report "$out/merged.json" --transformers "$out/merged"
+
+step "bitsandbytes: package" beside bitsandbytes "bitsandbytes==$bitsandbytes"
+step "bitsandbytes: a small model in 8 bits" env PYTHONPATH="$out/bitsandbytes" .venv/bin/python -m pytest -q \
+    tests/integration/test_convert_to_hf.py -k test_eight_bits_are_enough
 
 step "llama.cpp: package" beside llama_cpp "xllamacpp==$xllamacpp"
 step "llama.cpp" env PYTHONPATH="$out/llama_cpp" .venv/bin/python scripts/interop/check_llama_cpp.py --demo $demo
