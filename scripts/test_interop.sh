@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # What other tools make of exported folders: bash scripts/test_interop.sh [FOLDER]
-# Asks transformers, PEFT, bitsandbytes, llama.cpp and vLLM's CPU build, and compares with our own answers. Needs the trained demo
-# (bash scripts/quickstart.sh). Tools go into environments of their own in FOLDER, out/interop if not given: 4 GB.
-# It stops at the first step that fails.
+# Asks transformers, PEFT, bitsandbytes, llama.cpp and vLLM's CPU build, and compares with our own answers. Needs the
+# trained demo (bash scripts/quickstart.sh). Tools go into environments of their own in FOLDER, out/interop if not
+# given: 4 GB. It stops at the first step that fails.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/install.sh
