@@ -115,11 +115,8 @@ def write_folder(
     has_class_token = any(name in encoder for name in CLASS_TOKENS)
     strategy = "default" if has_class_token else "full"
     config.text_config = to_text_config(ours, max(ours.vocab_size, image_id + 1))
-    config.vision_config, config.image_token_id, config.image_seq_length = (
-        vision,
-        image_id,
-        len(ours.image_ids),
-    )
+    config.vision_config = vision
+    config.image_token_id, config.image_seq_length = image_id, len(ours.image_ids)
     config.vision_feature_layer, config.vision_feature_select_strategy = -1, strategy
     config.tie_word_embeddings, config.dtype = ours.tie_word_embeddings, torch.float32
     config.architectures = [f"{type(config).__name__.removesuffix('Config')}ForConditionalGeneration"]

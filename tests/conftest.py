@@ -273,16 +273,26 @@ def run() -> Callable[..., subprocess.CompletedProcess]:
 
 
 @pytest.fixture
-def convert(monkeypatch, capsys) -> Callable[..., tuple[int, str]]:
-    """Runs convert_to_hf.py in this process: (exit code, last line of stderr)."""
+def convert_and_print(monkeypatch, capsys) -> Callable[..., tuple[int, str]]:
+    """Runs convert_to_hf.py in this process: (exit code, stderr)."""
     import convert_to_hf  # needs more packages than the tests for a GPU have
 
     def run(*arguments) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["convert_to_hf.py", *map(str, arguments)])
         with pytest.raises(SystemExit) as end:
             run_main(convert_to_hf.main)
-        lines = capsys.readouterr().err.strip().splitlines()
-        return end.value.code or 0, lines[-1] if lines else ""
+        return end.value.code or 0, capsys.readouterr().err
+
+    return run
+
+
+@pytest.fixture
+def convert(convert_and_print) -> Callable[..., tuple[int, str]]:
+    """The same, with the last line of stderr alone."""
+
+    def run(*arguments) -> tuple[int, str]:
+        code, printed = convert_and_print(*arguments)
+        return code, (printed.strip().splitlines() or [""])[-1]
 
     return run
 

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,8 +11,6 @@ from hub_stub import WRITER, HubStub
 from huggingface_hub import constants, snapshot_download
 from test_convert_to_hf import answers_of_source, environment, files, make_weights
 
-import convert_to_hf
-from common.cli import run_main
 from inference.hub import push
 from inference.trained import SIDECAR
 
@@ -84,19 +81,6 @@ def here(hub, monkeypatch, tmp_path) -> HubStub:
     return hub
 
 
-@pytest.fixture
-def convert(monkeypatch, capsys) -> Callable[..., tuple[int, str]]:
-    """Runs the entry point in this process: (exit code, stderr)."""
-
-    def run(*arguments) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["convert_to_hf.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            run_main(convert_to_hf.main)
-        return end.value.code or 0, capsys.readouterr().err
-
-    return run
-
-
 # --- what arrives
 
 
@@ -109,7 +93,7 @@ def test_all_files_arrive_in_one_commit_by_xet(hub, pushed):
     assert not any("/lfs" in path for path in paths)
 
 
-def test_a_download_is_the_export_but_for_paths_of_this_machine(here, pushed, convert, tmp_path):
+def test_a_download_is_the_export_but_for_paths_of_this_machine(here, pushed, convert_and_print, tmp_path):
     weights, out, _ = pushed
 
     downloaded = tmp_path / "downloaded"
@@ -129,7 +113,7 @@ def test_a_download_is_the_export_but_for_paths_of_this_machine(here, pushed, co
     known["encoder"]["path"], known["tokenizer"]["path"] = "clip", "tokenizer"
     assert sidecar == known | {"arguments": sidecar["arguments"]}
 
-    assert convert("--to_torch", downloaded, "--out", tmp_path / "back.pth")[0] == 0
+    assert convert_and_print("--to_torch", downloaded, "--out", tmp_path / "back.pth")[0] == 0
     assert (tmp_path / "back.pth").read_bytes() == weights.read_bytes()
 
 
@@ -205,7 +189,7 @@ REFUSED = {
 
 @pytest.mark.parametrize(("fault", "expected"), REFUSED.items(), ids=REFUSED)
 def test_what_the_hub_refuses_is_one_line_and_the_export_stays(
-    here, pushed, convert, monkeypatch, tmp_path, fault, expected
+    here, pushed, convert_and_print, monkeypatch, tmp_path, fault, expected
 ):
     repository, out = "others/tiny" if fault == "namespace" else "me/refused", tmp_path / "hf"
     if "token" in fault:
@@ -217,7 +201,7 @@ def test_what_the_hub_refuses_is_one_line_and_the_export_stays(
     elif fault == "offline":
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
-    code, printed = convert("--weight", pushed[0], "--out", out, "--push_to_hub", repository)
+    code, printed = convert_and_print("--weight", pushed[0], "--out", out, "--push_to_hub", repository)
 
     *bars, message = printed.splitlines()  # the library shows what it uploads
     assert (code, [line for line in bars if line and "Upload" not in line]) == (1, [])
@@ -228,13 +212,13 @@ def test_what_the_hub_refuses_is_one_line_and_the_export_stays(
 
 
 @pytest.mark.parametrize("name", ["tiny", "a/b/c", "me/", "me/ti ny", "https://hub/me/tiny"])
-def test_a_name_that_is_none_is_told_before_anything_is_done(convert, pushed, tmp_path, name):
-    code, printed = convert("--weight", pushed[0], "--out", tmp_path / "hf", "--push_to_hub", name)
+def test_a_name_that_is_none_is_told_before_anything_is_done(convert_and_print, pushed, tmp_path, name):
+    code, printed = convert_and_print("--weight", pushed[0], "--out", tmp_path / "hf", "--push_to_hub", name)
     assert (code, f"error: --push_to_hub {name}: expected OWNER/NAME" in printed) == (2, True)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_way_back_pushes_nothing(convert, pushed, tmp_path):
+def test_the_way_back_pushes_nothing(convert_and_print, pushed, tmp_path):
     arguments = ["--to_torch", pushed[1], "--out", tmp_path / "back.pth", "--push_to_hub", REPOSITORY]
-    code, printed = convert(*arguments)
+    code, printed = convert_and_print(*arguments)
     assert (code, "--to_torch takes no --push_to_hub" in printed) == (2, True)
