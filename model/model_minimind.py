@@ -238,7 +238,8 @@ class MiniMindModel(nn.Module):
             else:
                 position_ids = torch.arange(length, device=hidden.device)[None] + past  # (1, T)
         tables = self.freqs_cos, self.freqs_sin  # on the CPU where accelerate spreads the layers over devices
-        rope = tuple(table[position_ids.to(table.device)].unsqueeze(1).to(hidden.device) for table in tables)
+        cos, sin = (table[position_ids.to(table.device)].unsqueeze(2).to(hidden.device) for table in tables)
+        rope = cos, signed(sin)  # (B or 1, T, 1, D) each
         attention = {"rope": rope, "mask": mask, "past_key_values": past_key_values}
         attention["output_attentions"] = output_attentions
         aux_loss = torch.zeros((), device=hidden.device)
@@ -323,10 +324,11 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """(B, T, C) -> the same, and the attention weights (B, H, T, S) where they are asked for."""
         B, T, _ = hidden.shape
-        query = self.q_proj(hidden).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
-        key = self.k_proj(hidden).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
+        query = self.q_norm(self.q_proj(hidden).view(B, T, -1, self.head_dim))  # (B, T, H, D)
+        key = self.k_norm(self.k_proj(hidden).view(B, T, -1, self.head_dim))  # (B, T, K, D)
         value = self.v_proj(hidden).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
-        query, key = rotate(self.q_norm(query), *rope), rotate(self.k_norm(key), *rope)
+        rotated = rotate(torch.cat((query, key), 2), *rope).transpose(1, 2)  # (B, H + K, T, D)
+        query, key = rotated.split((query.shape[2], key.shape[2]), 1)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_index)  # (B, K, S, D)
         is_causal = T > 1 and mask is None  # in this order it is a bool also while torch.compile traces
@@ -378,22 +380,24 @@ class MoE(nn.Module):
         is_normed = self.config.num_experts_per_tok > 1 or self.config.norm_top1_prob
         if is_normed and self.config.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        flat = (states.flatten(0, 1) for states in (hidden, choices, weights))  # (N, ...)
+        chosen = torch.zeros_like(scores).scatter_(-1, choices, 1.0)  # (B, T, E), 1 where chosen
+        flat = (states.flatten(0, 1) for states in (hidden, choices, weights, chosen))  # (N, ...)
         output = self._routed(*flat).view_as(hidden)
         for expert in self.shared_experts:
             output = output + expert(hidden)
-        return output, self._balance_loss(scores, choices, sequences) if self.training else 0.0
+        return output, self._balance_loss(scores, chosen, sequences) if self.training else 0.0
 
     @torch.compiler.disable  # sizes that depend on the data: it would compile again and again
-    def _routed(self, tokens: Tensor, choices: Tensor, weights: Tensor) -> Tensor:
-        """Tokens (N, C), choices and weights (N, k) -> (N, C): one gather, the experts, back."""
+    def _routed(self, tokens: Tensor, choices: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        """Tokens (N, C), choices, weights (N, k) and `chosen` (N, E) -> (N, C): gathered, and put back."""
         k = choices.shape[1]
         order = choices.flatten().argsort(stable=True)  # (N * k,), choices sorted by expert
-        counts = F.one_hot(choices.flatten(), len(self.experts)).sum(0)  # (E,); bincount would stop a GPU
+        counts = chosen.sum(0).int()  # (E,); bincount would stop a GPU
         gathered = tokens.index_select(0, order // k)  # (N * k, C)
         is_plain = type(self.experts[0].up_proj) is nn.Linear  # not quantized, no adapter around it
         run = self._grouped_experts if is_plain and has_grouped_matmul(gathered) else self._sliced_experts
-        outputs = run(gathered, counts).index_select(0, order.argsort())  # back in the tokens' order
+        outputs = run(gathered, counts)
+        outputs = torch.empty_like(outputs).index_copy_(0, order, outputs)  # back in the tokens' order
         return (outputs.view(-1, k, tokens.shape[1]) * weights.unsqueeze(-1).type_as(outputs)).sum(1)
 
     def _sliced_experts(self, gathered: Tensor, counts: Tensor) -> Tensor:
@@ -414,21 +418,18 @@ class MoE(nn.Module):
         inner = first.activation(project(gathered, "gate_proj")) * project(gathered, "up_proj")
         return first.dropout(project(inner, "down_proj"))  # (N * k, C)
 
-    def _balance_loss(self, scores: Tensor, choices: Tensor, sequences: Tensor | None) -> Tensor:
+    def _balance_loss(self, scores: Tensor, chosen: Tensor, sequences: Tensor | None) -> Tensor:
         """alpha * mean over sequences of the sum over experts of (share of choices * E) * (mean score)."""
-        chosen = F.one_hot(choices, scores.shape[-1]).sum(2).float()  # (B, T, E)
+        both = torch.cat((chosen, scores), -1)  # (B, T, 2 * E)
         if sequences is None:
             sequences = torch.ones_like(scores[..., 0]).bool()[:, None]  # (B, 1, T)
         if not self.config.seq_aux:  # all tokens of the batch as one sequence
-            chosen, scores = chosen.flatten(0, 1)[None], scores.flatten(0, 1)[None]  # (1, B * T, E)
-            sequences = sequences.any(1).flatten()[None, None]  # (1, 1, B * T)
-        member = sequences.unsqueeze(-1).float()  # (B, R, T, 1)
-        tokens = member.sum(2)  # (B, R, 1)
-        divisor = tokens.clamp(min=1)
-        share = (chosen[:, None] * member).sum(2) / (divisor * self.config.num_experts_per_tok)  # (B, R, E)
-        mean_score = (scores[:, None] * member).sum(2) / divisor  # (B, R, E)
-        losses = (share * scores.shape[-1] * mean_score).sum(-1)  # (B, R), 0 where a sequence has no token
-        return self.config.aux_loss_alpha * losses.sum() / (tokens > 0).sum().clamp(min=1)
+            both, sequences = both.flatten(0, 1)[None], sequences.any(1).flatten()[None, None]
+        tokens = sequences.sum(-1, keepdim=True)  # (B, R, 1)
+        means = (both[:, None] * sequences.unsqueeze(-1)).sum(2) / tokens.clamp(min=1)  # (B, R, 2 * E)
+        share, mean_score = means.chunk(2, -1)  # (B, R, E) each, 0 where a sequence has no token
+        factor = self.config.aux_loss_alpha * scores.shape[-1] / self.config.num_experts_per_tok
+        return factor * (share * mean_score).sum() / (tokens > 0).sum().clamp(min=1)
 
 
 def has_grouped_matmul(states: Tensor) -> bool:
@@ -458,8 +459,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        normed = F.rms_norm(hidden.float(), self.weight.shape, eps=self.eps)
-        return self.weight * normed.type_as(hidden)
+        normed = F.rms_norm(hidden.float(), self.weight.shape, self.weight.float(), self.eps)
+        return normed.to(matmul_dtype(hidden))  # once, not for each product that takes it
 
 
 def rope_tables(config: MiniMindConfig) -> tuple[Tensor, Tensor]:
@@ -488,7 +489,12 @@ def yarn_frequencies(inverse: Tensor, config: MiniMindConfig) -> Tensor:
     return inverse * (1 - ramp + ramp / yarn["factor"])
 
 
+def signed(sin: Tensor) -> Tensor:
+    """Sines (..., D) as `rotate` takes them: those of the first half negated."""
+    first, second = sin.chunk(2, dim=-1)
+    return torch.cat((-first, second), dim=-1)
+
+
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE on (B, heads, T, D), rotating halves; the tables' precision, the states' dtype."""
-    first, second = states.chunk(2, dim=-1)  # (B, heads, T, D / 2) each
-    return (states * cos + torch.cat((-second, first), dim=-1) * sin).type_as(states)
+    """RoPE on (B, T, heads, D), rotating halves; the tables' precision, the states' dtype."""
+    return (states * cos + states.roll(states.shape[-1] // 2, -1) * sin).type_as(states)

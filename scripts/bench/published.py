@@ -18,8 +18,8 @@ from model.model_vlm import MiniMindVLM
 
 @contextlib.contextmanager
 def working_as_published(length: int) -> Iterator[None]:
-    """Inside, the models of this process attend step by step, their experts take turns, and rows are padded
-    to `length` tokens."""
+    """Inside, the models of this process attend and norm step by step, their experts take turns, and rows
+    are padded to `length` tokens."""
     ours = dataset.collate.collate
 
     def padded(rows: list, pad: int, pack: int | None, multiple: int, tokens_per_image: int) -> dict:
@@ -27,6 +27,8 @@ def working_as_published(length: int) -> Iterator[None]:
 
     with (
         mock.patch.object(minimind.Attention, "forward", attention_step_by_step),
+        mock.patch.object(minimind, "signed", lambda sin: sin),
+        mock.patch.object(minimind.RMSNorm, "forward", norm_step_by_step),
         mock.patch.object(minimind.MoE, "_routed", experts_one_by_one),
         mock.patch.object(dataset.collate, "collate", padded),
     ):
@@ -48,10 +50,11 @@ class PublishedVLM(MiniMindVLM):
 def attention_step_by_step(self, hidden, rope, mask, past_key_values, output_attentions):
     B, T, C = hidden.shape
     query, key, value = (
-        projection(hidden).view(B, T, -1, self.head_dim).transpose(1, 2)
+        projection(hidden).view(B, T, -1, self.head_dim)
         for projection in (self.q_proj, self.k_proj, self.v_proj)
     )
-    query, key = minimind.rotate(self.q_norm(query), *rope), minimind.rotate(self.k_norm(key), *rope)
+    query, key = rotate_half(self.q_norm(query), *rope), rotate_half(self.k_norm(key), *rope)
+    query, key, value = (states.transpose(1, 2) for states in (query, key, value))
     if past_key_values is not None:
         key, value = past_key_values.update(key, value, self.layer_index)
     key, value = key.repeat_interleave(self.groups, 1), value.repeat_interleave(self.groups, 1)
@@ -65,10 +68,21 @@ def attention_step_by_step(self, hidden, rope, mask, past_key_values, output_att
     return self.resid_dropout(self.o_proj(output.transpose(1, 2).reshape(B, T, C))), None
 
 
-def experts_one_by_one(self, tokens, choices, weights):
+def rotate_half(states, cos, sin):
+    first, second = states.chunk(2, dim=-1)
+    return (states * cos + torch.cat((-second, first), dim=-1) * sin).type_as(states)
+
+
+def norm_step_by_step(self, hidden):
+    states = hidden.float()
+    states = states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + self.eps)
+    return self.weight * states.type_as(hidden)
+
+
+def experts_one_by_one(self, tokens, choices, weights, chosen):
     k = choices.shape[1]
-    repeated, chosen = tokens.repeat_interleave(k, dim=0), choices.flatten()
+    repeated, numbers = tokens.repeat_interleave(k, dim=0), choices.flatten()
     output = torch.zeros_like(repeated)
     for number, expert in enumerate(self.experts):
-        output[chosen == number] = expert(repeated[chosen == number]).to(output.dtype)
+        output[numbers == number] = expert(repeated[numbers == number]).to(output.dtype)
     return (output.view(*weights.shape, -1) * weights.unsqueeze(-1)).sum(1)

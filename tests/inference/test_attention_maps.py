@@ -9,7 +9,6 @@ from common.setup import special_ids
 from inference.answers import prepare
 from inference.attention_maps import attention_to_patches
 from inference.chat import encode_picture
-from model.model_minimind import rotate
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.processing_vlm import MiniMindVLMProcessor
 
@@ -36,6 +35,11 @@ def prepared(model, tokenizer, question: str, *colours: str):
     features = {str(i): encode_picture(model, processor, picture) for i, picture in enumerate(pictures)}
     prompt = processor.encode_prompt([{"role": "user", "content": question}], len(colours))
     return prepare(processor, [prompt], [list(features)], features)
+
+
+def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    first, second = states.chunk(2, dim=-1)
+    return states * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 @torch.no_grad()

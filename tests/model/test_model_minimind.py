@@ -7,12 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
 import model.model_minimind
 from common.distributed import Runtime
-from model.model_minimind import Attention, MiniMindConfig, MiniMindForCausalLM, MoE, rope_tables
+from model.model_minimind import Attention, MiniMindConfig, MiniMindForCausalLM, MoE, rope_tables, signed
 from trainer.learner import distribute
 
 TINY = dict(
@@ -125,10 +126,27 @@ def test_attention_equals_its_definition():
                 )
                 scores = (past_key @ query[row, position, head]) / math.sqrt(16)
                 expected[row, position, head] = scores.softmax(0) @ past_value
-    rope = (cos[None, None], sin[None, None])
+    rope = (cos[None, :, None], signed(sin)[None, :, None])
     torch.testing.assert_close(
         attention(hidden, rope, None, None)[0], attention.o_proj(expected.flatten(2)), **close
     )
+
+
+def test_a_block_casts_each_of_its_states_once():
+    """Not once for each product that takes it: a GPU starts a kernel for every cast."""
+
+    class Casts(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            self.count += function.name() == "aten::_to_copy"
+            return function(*arguments, **(options or {}))
+
+    layer = build().model.layers[0]
+    rope = torch.ones(2, 1, 9, 1, 16).unbind()
+    with Casts() as casts, torch.autocast("cpu", torch.bfloat16):
+        layer(torch.randn(2, 9, 64), None, None, rope=rope, mask=None, past_key_values=None)
+    assert casts.count == 7 + 2 + 1  # weights, norms' outputs, rotated heads
 
 
 def test_rope_frequencies():
