@@ -26,12 +26,14 @@ from common.distributed import Runtime, autocast, peak_memory_bytes, resolve_dty
 from common.setup import place
 from dataset.collate import collate
 from dataset.vlm_dataset import Sample, VLMDataset
+from model.model_minimind import MiniMindBlock
 from model.processing_vlm import IGNORE_INDEX
 from trainer.arguments import VLMTrainingFlags
 from trainer.batches import step_loader, step_sampler
 from trainer.learner import Learner
 from trainer.state import Progress
 
+COMPILED = ("compiled", "graphs")
 STAGES = ("pretrain", "sft", "moe", "release3")
 CARD_BYTES = 24 * 2**30  # of a 3090 or a 4090
 # Dense bf16 products that are summed in fp32: NVIDIA Ampere GA102 GPU Architecture, appendix, RTX 3090.
@@ -96,6 +98,20 @@ def compiled(context: Context) -> dict[str, Any]:
     return {}
 
 
+def graphs(context: Context) -> dict[str, Any]:
+    """As `compiled`, with every block but the last, whose sizes differ in each step, replayed as a CUDA graph
+    once it has met a shape: what it would be worth to launch nothing one by one."""
+
+    def compile_block(block: MiniMindBlock, **how: Any) -> None:
+        is_last = block.self_attn.layer_index == context.sizes.num_hidden_layers - 1
+        torch.nn.Module.compile(block, mode="default" if is_last else "reduce-overhead", **how)
+
+    with mock.patch.object(MiniMindBlock, "compile", compile_block):
+        for stage in ("pretrain", "sft"):
+            measure_mode(context, context.report["stages"][stage], stage, "default", name="graphs")
+    return {}
+
+
 def allocator(context: Context) -> dict[str, Any]:
     """Fine-tuning by default, with memory in segments that grow, into the table of `stages`."""
     if context.run.device.type != "cuda":
@@ -120,7 +136,7 @@ def options(context: Context, stage: str, compile_layers: bool = False) -> Names
 def measure_mode(
     context: Context, found: dict[str, dict], stage: str, mode: str, name: str | None = None
 ) -> None:
-    """Adds the figures of a mode to those of its stage, as `name` if that is given; "compiled" compiles."""
+    """Adds the figures of a mode to those of its stage, as `name` if that is given, of COMPILED or not."""
     name = name or mode
     if context.is_over:
         found[name] = {"skipped": "no time was left"}
@@ -130,7 +146,7 @@ def measure_mode(
     try:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        bench = Bench(stage, mode, context.folder, options(context, stage, name == "compiled"), context.run)
+        bench = Bench(stage, mode, context.folder, options(context, stage, name in COMPILED), context.run)
         bench.warm_up()
         most = context.sizes.steps // 4 if mode == "published" else None  # which may take ten times as long
         repeats = []
