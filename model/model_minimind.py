@@ -444,7 +444,8 @@ def has_grouped_matmul(states: Tensor) -> bool:
 def matmul_dtype(states: Tensor) -> torch.dtype:
     """What a linear layer would compute in here."""
     device = states.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
+    is_cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if is_cast else states.dtype
 
 
 def select(hidden: Tensor, positions: LongTensor | None) -> Tensor:

@@ -149,6 +149,12 @@ def test_a_block_casts_each_of_its_states_once():
     assert casts.count == 7 + 2 + 1  # weights, norms' outputs, rotated heads
 
 
+def test_shapes_are_told_without_numbers():
+    """As tools do that count operations or memory: on the meta device, which has no autocast."""
+    logits = build().to("meta")(torch.zeros(2, 9, dtype=torch.long, device="meta")).logits
+    assert (logits.shape, logits.dtype) == ((2, 9, 128), torch.float32)
+
+
 def test_rope_frequencies():
     cos, sin = rope_tables(MiniMindConfig(**TINY))
     assert cos.shape == sin.shape == (256, 16)
